@@ -1,0 +1,42 @@
+# Every target sets up what it needs. The environment is private, in .venv; PYTHON chooses what it is made from.
+PYTHON ?= python3
+VENV := .venv/bin/python
+PYTEST = $(VENV) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu bench check clean extension
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: extension ## a small model with adapters, from injection to merge
+	$(VENV) examples/demo.py
+
+# Two workers, where pytest-xdist is installed: a GPU machine may not have it.
+test: extension ## the whole suite, without a GPU (under 10 minutes on 2 cores)
+	$(PYTEST) tests $$($(VENV) -c 'import importlib.util as u; print("-n 2" if u.find_spec("xdist") else "")')
+	@echo "make test: all tests passed"
+
+test-gpu: extension ## the correctness suite on a CUDA device
+	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests
+	@echo "make test-gpu: all tests passed on the GPU"
+
+bench: extension ## the microbenchmarks
+	$(PYTEST) bench
+
+check: .venv/stamp ## lint, format and types
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+	$(VENV) -m mypy
+
+clean: ## remove the environment and everything built
+	rm -rf .venv build dist python/*.egg-info python/fused_lora/_C.abi3.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+
+.venv/stamp: .ci/venv requirements.txt pyproject.toml setup.py
+	.ci/venv $(PYTHON)
+	@touch $@
+
+# ninja rebuilds what changed in csrc/; without nvcc this says why there is no extension.
+extension: .venv/stamp
+	@$(VENV) setup.py --quiet build_ext --inplace

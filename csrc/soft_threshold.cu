@@ -1,0 +1,81 @@
+// fused_lora::soft_threshold_(Tensor(a!)[] gates, float xi) -> (), which ops/soft_threshold.py
+// declares.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/check.h"
+#include "common/stream.h"
+#include "soft_threshold.cuh"
+
+namespace fused_lora::soft_threshold {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Gates = std::vector<Tensor>;
+
+constexpr char kOp[] = "soft_threshold_";
+
+bool supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+void check_gates(const Gates& gates) {
+  for (size_t i = 0; i < gates.size(); ++i) {
+    check(supported(gates[i].scalar_type()), kOp, ": gates[", i, "] must be a floating tensor");
+    check(gates[i].is_contiguous(), kOp, ": gates[", i, "] must be contiguous");
+    check(gates[i].get_device_index() == gates[0].get_device_index(), kOp, ": gates[", i,
+          "] is on another device than gates[0]");
+  }
+}
+
+template <typename scalar_t, typename Launch>
+void threshold_dtype(const Gates& gates, ScalarType dtype, double xi, Launch launch) {
+  std::vector<Span<scalar_t>> spans;
+  for (const Tensor& gate : gates) {
+    if (gate.scalar_type() != dtype) continue;
+    spans.push_back({static_cast<scalar_t*>(gate.mutable_data_ptr()), gate.numel()});
+  }
+  check_cuda(for_each_table(spans, xi, launch), kOp);
+}
+
+template <typename Launch>
+void threshold_all(const Gates& gates, double xi, Launch launch) {
+  threshold_dtype<float>(gates, ScalarType::Float, xi, launch);
+  threshold_dtype<double>(gates, ScalarType::Double, xi, launch);
+  threshold_dtype<__half>(gates, ScalarType::Half, xi, launch);
+  threshold_dtype<__nv_bfloat16>(gates, ScalarType::BFloat16, xi, launch);
+}
+
+void soft_threshold_cuda(Gates gates, double xi) {
+  if (gates.empty()) return;
+  check_gates(gates);
+  const int32_t device = gates[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  threshold_all(gates, xi, [stream](const auto& params) { return launch(params, stream); });
+}
+
+void soft_threshold_host(Gates gates, double xi) {
+  check_gates(gates);
+  threshold_all(gates, xi, [](const auto& params) { return launch_on_host(params); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
+  m.impl("soft_threshold_", TORCH_BOX(&soft_threshold_cuda));
+}
+
+// For the tests only.
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
+  m.def("_soft_threshold_host_(Tensor(a!)[] gates, float xi) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_lora, CPU, m) {
+  m.impl("_soft_threshold_host_", TORCH_BOX(&soft_threshold_host));
+}
+
+}  // namespace fused_lora::soft_threshold

@@ -1,0 +1,29 @@
+"""The compiled extension fused_lora._C, whose CUDA C++ kernels register themselves as it loads.
+
+It is optional, and nothing loads it before an op wants it.
+"""
+
+import functools
+import importlib
+
+import torch  # noqa: F401  its libraries must be in the process before those of the extension
+
+_BUILD = "FUSED_LORA_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps"
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """None where the extension is loaded or loads now, else why not, and the command that helps."""
+    try:
+        importlib.import_module("fused_lora._C")
+    except ModuleNotFoundError:
+        return f"the CUDA extension was not built; in a checkout run: {_BUILD} ."
+    except ImportError as error:
+        return f"the CUDA extension does not load ({error}); in a checkout rebuild it: {_BUILD} ."
+    return None
+
+
+def load() -> None:
+    """Load the extension, or raise RuntimeError with the sentence of why_missing()."""
+    if (reason := why_missing()) is not None:
+        raise RuntimeError(reason)

@@ -1,0 +1,327 @@
+"""Adapters for a whole model: which layers get one, what is trained, merging them all."""
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fused_lora.nn import (
+    GATE_INITS,
+    KEEP_BASE,
+    LoRALinear,
+    SoRALinear,
+    check_choice,
+    check_linear,
+    check_number,
+    check_probability,
+    check_rank,
+)
+
+ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """Where adapters go in a model and what they are; words and defaults are PEFT's LoraConfig's.
+
+    target_modules: a list of module names, each matching the module of that name and those whose
+        name ends in "." + it; or a str, a regular expression for the whole name; or "all-linear",
+        every nn.Linear but the output head (what the model's get_output_embeddings() returns).
+    exclude_modules: names or a regular expression, likewise, of modules that get no adapter.
+    r, lora_alpha, lora_dropout, use_rslora: as in fused_lora.nn.LoRALinear.
+    rank_pattern, alpha_pattern: {regular expression: value} for modules that differ. A key matches
+        a name that it spells whole or from a dot on; the first key that matches counts.
+    init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", or False (random B too, for
+        tests).
+    bias: biases to train: "none", "all" of the model, or "lora_only", those of adapted layers.
+    modules_to_save: names of modules that are trained in full, as copies of their own (a weight
+        that was tied to another stays behind); no adapter goes into them.
+    gate: adapters are SoRALinear, with gates drawn as gate_init says: "normal" or "ones".
+
+    Raises TypeError and ValueError that name the field.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    gate: bool = False
+    gate_init: str = "normal"
+
+    def __post_init__(self) -> None:
+        check_rank("r", self.r)
+        check_number("lora_alpha", self.lora_alpha)
+        check_probability("lora_dropout", self.lora_dropout)
+        for name in ("use_rslora", "gate"):
+            check_choice(name, getattr(self, name), (True, False))
+        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
+        check_choice("bias", self.bias, BIASES)
+        check_choice("gate_init", self.gate_init, GATE_INITS)
+        self.target_modules = _names_or_regex("target_modules", self.target_modules)
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name at least one module")
+        if self.exclude_modules is not None:
+            self.exclude_modules = _names_or_regex("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            if isinstance(self.modules_to_save, str):
+                raise TypeError(
+                    f"modules_to_save must be a list of names, got the str {self.modules_to_save!r}"
+                )
+            self.modules_to_save = _names_or_regex("modules_to_save", self.modules_to_save)
+        for name, check_value in (("rank_pattern", check_rank), ("alpha_pattern", check_number)):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise TypeError(f"{name} must be a dict, got {type(patterns).__name__}")
+            for key, value in patterns.items():
+                _check_regex(f"{name} key", key)
+                check_value(f"{name}[{key!r}]", value)
+
+
+def _check_regex(name: str, pattern) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must be a str, got {pattern!r} of type {type(pattern).__name__}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _names_or_regex(name: str, value) -> str | list[str]:
+    if isinstance(value, str):
+        _check_regex(name, value)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"{name} must be a list of names or a str, got {type(value).__name__}")
+    for i, entry in enumerate(value):
+        if not isinstance(entry, str):
+            raise TypeError(
+                f"{name}[{i}] must be a str, got {entry!r} of type {type(entry).__name__}"
+            )
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def _matches(patterns: str | Sequence[str], name: str) -> bool:
+    """PEFT's rule: a str is a regular expression of the whole name, a list has names or endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _lies_in(patterns: Sequence[str], name: str) -> bool:
+    """The module or one that contains it matches."""
+    parts = name.split(".")
+    return any(_matches(patterns, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+
+def _pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
+    """The names, or last parts of them, that look most like the wanted ones, in words."""
+    known = list(dict.fromkeys(n for name in names for n in (name.rpartition(".")[2], name)))
+    near = [m for w in wanted for m in difflib.get_close_matches(w, known, n=3, cutoff=0.5)]
+    return ", ".join(dict.fromkeys(near or known[:5])) or "none, the model has no nn.Linear"
+
+
+def _find_targets(
+    config: LoRAConfig, names: dict[str, torch.nn.Module], head
+) -> dict[str, torch.nn.Module]:
+    """{name: module} to adapt, one name a module; `names` has all names of a shared module."""
+    saved = config.modules_to_save or []
+    excluded = {
+        id(module)
+        for name, module in names.items()
+        if (config.exclude_modules and _matches(config.exclude_modules, name))
+        or _lies_in(saved, name)
+    }
+    all_linear = (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    )
+    targets: dict[int, str] = {}
+    for name, module in names.items():
+        if all_linear:
+            wanted = isinstance(module, torch.nn.Linear) and module is not head
+        else:
+            wanted = _matches(config.target_modules, name)
+        if wanted and id(module) not in excluded:
+            targets.setdefault(id(module), name)
+    return {name: names[name] for name in targets.values()}
+
+
+def _warn_unused(config: LoRAConfig, names: Iterable[str], targets: Iterable[str]) -> None:
+    """What was asked for and met no module is most often a misspelling."""
+    unused = []
+    for what in ("target_modules", "exclude_modules"):
+        patterns = getattr(config, what)
+        if isinstance(patterns, list):
+            unused += [(what, p) for p in patterns if not any(_matches([p], n) for n in names)]
+    for what in ("rank_pattern", "alpha_pattern"):
+        used = {_pattern_key([key], n) for key in getattr(config, what) for n in targets}
+        unused += [(what, key) for key in getattr(config, what) if key not in used]
+    for what, entry in unused:
+        warnings.warn(
+            f"{what}: {entry!r} matches no module; nearest: {_nearest([entry], names)}",
+            stacklevel=3,
+        )
+
+
+def inject(
+    model: torch.nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """Give the layers that `config` names an adapter, in place, and freeze everything else.
+
+    Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate) that shares its
+    weight and bias. A module that occurs at several places of the model is replaced once and put at
+    all of them. Then only adapters, and what config.bias and config.modules_to_save name, require a
+    gradient.
+
+    adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters.
+
+    Returns model, which keeps a copy of config as model.fused_lora_config. Make optimisers after
+    this.
+
+    Nothing is changed where one of these is raised: TypeError for a model or config of another
+    kind, for a model that is itself the layer (use LoRALinear.from_linear), and for a matching
+    module that is not a plain nn.Linear, by name; ValueError where no module matches, with the
+    nearest names; RuntimeError where the model has adapters already. A name or pattern that meets
+    nothing beside others that do is a warning.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise RuntimeError("model has adapters already; inject into a model only once")
+    if isinstance(model, torch.nn.Linear):
+        raise TypeError(
+            "model is itself a linear layer, which cannot be replaced in place; use "
+            "LoRALinear.from_linear"
+        )
+
+    names = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    linears = [name for name, m in names.items() if isinstance(m, torch.nn.Linear)]
+    get_head = getattr(model, "get_output_embeddings", None)
+    targets = _find_targets(config, names, get_head() if callable(get_head) else None)
+    if not targets:
+        wanted = config.target_modules
+        hint = ""
+        if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
+            hint = f" (a str is a regular expression of the whole name; for a suffix: [{wanted!r}])"
+        raise ValueError(
+            f"target_modules={wanted!r} matches no module that is not excluded{hint}; nearest: "
+            f"{_nearest([wanted] if isinstance(wanted, str) else wanted, linears)}"
+        )
+    for name, module in targets.items():
+        check_linear(f"target module {name!r}", module)
+        if adapter_dtype not in (None, torch.float32, module.weight.dtype):
+            raise TypeError(
+                f"adapter_dtype must be None, torch.float32 or the weight's dtype, got "
+                f"{adapter_dtype} for {name!r} of dtype {module.weight.dtype}"
+            )
+    for entry in config.modules_to_save or []:
+        if not any(_matches([entry], name) for name in names):
+            raise ValueError(
+                f"modules_to_save: {entry!r} matches no module; nearest: {_nearest([entry], names)}"
+            )
+    _warn_unused(config, names, targets)
+
+    model.requires_grad_(False)
+    new = {id(m): _adapted(m, name, config, adapter_dtype) for name, m in targets.items()}
+    for name, module in names.items():
+        # A module inside one that is copied goes with it.
+        inside = name.rpartition(".")[0]
+        saved = config.modules_to_save or []
+        if _matches(saved, name) and not _lies_in(saved, inside) and id(module) not in new:
+            new[id(module)] = copy.deepcopy(module).requires_grad_(True)
+    for name, module in names.items():
+        if id(module) in new:
+            path, _, child = name.rpartition(".")
+            parent = names[path] if path else model
+            setattr(parent, child, new[id(module)])
+            if isinstance(parent, torch.nn.TransformerEncoderLayer):
+                # Its fused inference path reads linear1.weight and would pass the adapter by.
+                parent.activation_relu_or_gelu = 0
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                parameter.requires_grad_(True)
+    elif config.bias == "lora_only":
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear) and layer.bias is not None:
+                layer.bias.requires_grad_(True)
+    model.fused_lora_config = copy.deepcopy(config)
+    return model
+
+
+def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear:
+    rank_key = _pattern_key(config.rank_pattern, name)
+    alpha_key = _pattern_key(config.alpha_pattern, name)
+    args = {
+        "r": config.r if rank_key is None else config.rank_pattern[rank_key],
+        "lora_alpha": config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key],
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "init": config.init_lora_weights,
+        "adapter_dtype": adapter_dtype,
+    }
+    if config.gate:
+        return SoRALinear.from_linear(linear, gate_init=config.gate_init, **args)
+    return LoRALinear.from_linear(linear, **args)
+
+
+def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
+    """The LoRALinear modules of model, all of which must be in the state `merged`."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError("model has no LoRALinear; inject adapters first")
+    wrong = [repr(name) for name, layer in layers.items() if layer.merged is not merged]
+    if wrong:
+        state = "are not merged" if merged else "are merged already"
+        raise RuntimeError(f"{len(wrong)} of {len(layers)} layers {state}: {', '.join(wrong[:5])}")
+    return list(layers.values())
+
+
+def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
+    """LoRALinear.merge of every adapted layer; the model then costs what its base costs.
+
+    Raises before anything is written: ValueError where there is no LoRALinear, for another
+    keep_base, or where a weight to merge belongs to another module too, which merging would change;
+    RuntimeError where a layer is merged already.
+    """
+    check_choice("keep_base", keep_base, KEEP_BASE)
+    layers = _adapted_layers(model, merged=False)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(name, recurse=False):
+            owners.setdefault(id(parameter), []).append(own)
+    for layer in layers:
+        if len(shared := owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"{' and '.join(shared)} are one tied weight, and merging would change all of "
+                f"them; untie them first"
+            )
+    for layer in layers:
+        layer.merge(keep_base)
+
+
+def unmerge(model: torch.nn.Module) -> None:
+    """LoRALinear.unmerge of every adapted layer of model.
+
+    Raises before anything is written: ValueError where there is no LoRALinear, RuntimeError where a
+    layer is not merged.
+    """
+    for layer in _adapted_layers(model, merged=True):
+        layer.unmerge()

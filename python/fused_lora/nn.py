@@ -1,0 +1,459 @@
+"""Modules: they hold the parameters and call the ops.
+
+Symbols: x [..., K], weight W0 [N, K] and bias [N] frozen, lora_a A [R, K], lora_b B [N, R], gate g
+[R].
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_lora.ops import validation as check
+from fused_lora.ops.lora_linear import lora_linear
+
+KEEP_BASE = ("none", "cpu", "device")
+GATE_INITS = ("normal", "ones")
+_INITS = (True, False, "kaiming", "gaussian")
+
+# Elements of W0 that are merged at a time: 16 MiB of fp32, whatever the size of the layer.
+_MERGE_BLOCK = 1 << 22
+
+# One product scale * B diag(g) A: (scale, lora_a, lora_b, gate).
+Product = tuple[float, Tensor, Tensor, Tensor | None]
+
+
+def check_rank(name: str, r) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name} must be an int, got {r!r} of type {type(r).__name__}")
+    if r < 1:
+        raise ValueError(f"{name} must be at least 1, got {r}")
+
+
+def check_number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_probability(name: str, p) -> None:
+    check_number(name, p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+
+
+def check_choice(name: str, value, choices: Sequence) -> None:
+    # 1 == True, yet it is not that choice.
+    if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_linear(name: str, linear) -> None:
+    """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor."""
+    kind = type(linear)
+    if kind is not torch.nn.Linear:
+        raise TypeError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}; only a plain torch.nn.Linear can "
+            f"be adapted, because what a subclass computes is not known"
+        )
+    for own, t in linear.named_parameters():
+        if own not in ("weight", "bias"):
+            raise TypeError(f"{name} has a parameter {own!r} that a plain torch.nn.Linear has not")
+        if type(t) is not Parameter or t.layout != torch.strided:
+            raise TypeError(
+                f"{name}.{own} is a {type(t).__name__} of layout {t.layout}; a plain dense tensor "
+                f"is wanted"
+            )
+        if t.dtype not in check.DTYPES:
+            raise TypeError(
+                f"{name}.{own} must have dtype {check.names(check.DTYPES)}, got "
+                f"{check.names([t.dtype])}"
+            )
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    if any(hooks) or "forward" in vars(linear):
+        raise TypeError(
+            f"{name} has hooks or its own forward, which would be lost; remove them first"
+        )
+
+
+def lora_scale(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (arXiv 2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+@torch.no_grad()
+def _merge_into(weight: Tensor, base: Tensor, products: Sequence[Product]) -> None:
+    """weight <- round(base + sum of scale * B diag(g) A), summed in fp32 (fp64 for fp64).
+
+    weight, base [N, K], which may be one tensor. Worked in blocks of rows: what is allocated is one
+    block and the adapters in fp32, never a second W0.
+    """
+    N, K = weight.shape
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    products = [(scale, a.to(wide), b, gate) for scale, a, b, gate in products]
+    rows = max(1, _MERGE_BLOCK // max(1, K))
+    block = weight.new_empty(min(rows, N), K, dtype=wide)
+    for start in range(0, N, rows):
+        here = slice(start, start + rows)
+        part = block[: N - start]
+        part.copy_(base[here])
+        for scale, a, b, gate in products:
+            b = b[here].to(wide)
+            part.addmm_(b if gate is None else b * gate, a, alpha=scale)
+        weight[here].copy_(part)
+
+
+class LoRALinear(torch.nn.Linear):
+    """y = x W0^T + b + scale * (drop(x) A^T) B^T: a linear layer with a low-rank adapter (LoRA).
+
+    arXiv 2106.09685. A drop-in replacement of nn.Linear: weight [N, K] and bias [N] keep their
+    names and are frozen; lora_a [R, K] and lora_b [N, R] are trained. x [..., K] -> y [..., N], any
+    leading shape.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        r: rank, at least 1; from min(N, K) on the adapter can express any update of the weight.
+        lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv
+            2312.03732).
+        lora_dropout: probability in [0, 1] of dropping an element of the adapter's input, in
+            training.
+        init: "kaiming" (or True) draws A from Kaiming-uniform with a = sqrt(5), "gaussian" from
+            N(0, 1/r^2); B is zero, so the layer starts as the frozen one exactly. False draws B
+            too, which is for tests.
+        adapter_dtype: dtype of A and B: None is the weight's; torch.float32 keeps masters over a
+            half precision weight (the products are made in x's dtype). Like every parameter,
+            masters follow a later .to(dtype) or .half() of the model.
+
+    Attributes: r, lora_alpha, use_rslora, lora_dropout, scale (what forward multiplies by), merged,
+    and gate, which is None here (see SoRALinear).
+
+    Raises TypeError and ValueError that name the argument, before anything is allocated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: bool | str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        weight_dtype = dtype or torch.get_default_dtype()
+        self._check_adapter(weight_dtype, r, lora_alpha, lora_dropout, init, adapter_dtype)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: torch.nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: bool | str = "kaiming",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """The adapted form of `linear`, on its device, in its dtype and training mode.
+
+        Arguments as in the class. It shares the Parameters of `linear` and freezes them: W0 is not
+        copied.
+
+        Raises TypeError for anything but a plain nn.Linear of a dense floating weight: subclasses
+        (quantised layers and others) are refused by name, and so are hooks, which would be lost.
+        """
+        check_linear("linear", linear)
+        cls._check_adapter(linear.weight.dtype, r, lora_alpha, lora_dropout, init, adapter_dtype)
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
+        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype)
+        return layer.train(linear.training)
+
+    @staticmethod
+    def _check_adapter(weight_dtype, r, lora_alpha, lora_dropout, init, adapter_dtype) -> None:
+        check_rank("r", r)
+        check_number("lora_alpha", lora_alpha)
+        check_probability("lora_dropout", lora_dropout)
+        check_choice("init", init, _INITS)
+        if adapter_dtype not in (None, weight_dtype, torch.float32):
+            raise TypeError(
+                f"adapter_dtype must be None, the weight's {weight_dtype} or torch.float32, got "
+                f"{adapter_dtype}"
+            )
+
+    def _add_adapter(self, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype) -> None:
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout, self.init = lora_dropout, init
+        self.scale = lora_scale(lora_alpha, r, use_rslora)
+        self.merged = False
+        # W0 while merged with keep_base; not a buffer, so it never enters a state_dict.
+        self._base: Tensor | None = None
+        self._keep_base = "none"
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        like_weight = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
+        self.lora_a = Parameter(torch.empty(r, self.in_features, **like_weight))
+        self.lora_b = Parameter(torch.empty(self.out_features, r, **like_weight))
+        self.register_parameter("gate", None)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Draw the adapter anew, as `init` says. Raises RuntimeError where it is merged."""
+        if self.merged:
+            raise RuntimeError(
+                "the adapter is merged into weight; call unmerge() before resetting it"
+            )
+        if self.init == "gaussian":
+            torch.nn.init.normal_(self.lora_a, std=1 / self.r)
+        else:
+            torch.nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        if self.init is False:
+            torch.nn.init.kaiming_uniform_(self.lora_b, a=math.sqrt(5))
+        else:
+            torch.nn.init.zeros_(self.lora_b)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(input, self.weight, self.bias)
+        return lora_linear(
+            input,
+            self.weight,
+            self.lora_a,
+            self.lora_b,
+            self.bias,
+            scale=self.scale,
+            gate=self.gate,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}"
+        text += f", scale={self.scale:g}"
+        if self.lora_dropout:
+            text += f", lora_dropout={self.lora_dropout:g}"
+        return text + (", merged" if self.merged else "")
+
+    def _product(self, sign: int) -> Product:
+        return sign * self.scale, self.lora_a, self.lora_b, self.gate
+
+    def merge(self, keep_base: str = "none") -> None:
+        """W <- round(W0 + scale * B diag(g) A), in place; it now costs what nn.Linear costs.
+
+        The sum is made in fp32 (fp64 for fp64; torch's TF32 setting applies to its product) and
+        rounded once. No second W0 is made on the way: the work is done in blocks of rows.
+
+        keep_base: "none" keeps no copy; unmerge() then subtracts, so a weight comes back within
+            half a unit in the last place of the merged weight and half a unit of its own: in bf16
+            up to about a third of the weights do not come back bit for bit. "device" and "cpu" keep
+            W0 there, and unmerge() gives it back bit for bit.
+
+        While merged the adapter is not part of the graph: it gets no gradient and no dropout, and
+        it must not change (swap() changes it). The Parameter stays the same object, so a module
+        that is tied to this weight sees the merged one. state_dict() holds the merged weight, and
+        says so: a merged layer loads no state_dict, and no LoRALinear loads that of a merged one,
+        where the adapter would count twice.
+
+        Raises RuntimeError where it is merged already, ValueError for another keep_base.
+        """
+        check_choice("keep_base", keep_base, KEEP_BASE)
+        if self.merged:
+            raise RuntimeError("the adapter is merged already; call unmerge() first")
+        base = None
+        if keep_base == "cpu":
+            base = self.weight.detach().to("cpu", copy=True)
+        elif keep_base == "device":
+            base = self.weight.detach().clone()
+        _merge_into(self.weight, self.weight, [self._product(+1)])
+        self._base, self._keep_base = base, keep_base
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give W0 back, in place: bit for bit where it was kept, else within what merge() states.
+
+        Raises RuntimeError where the adapter is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the adapter is not merged; there is nothing to undo")
+        if self._base is None:
+            _merge_into(self.weight, self.weight, [self._product(-1)])
+        else:
+            self.weight.copy_(self._base)
+        self._base, self._keep_base = None, "none"
+        self.merged = False
+
+    @torch.no_grad()
+    def swap(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        scale: float | None = None,
+        gate: Tensor | None = None,
+    ) -> None:
+        """Take another adapter in place of this one, merged or not: lora_a [R', K], lora_b [N, R'].
+
+        Merged, the weight becomes round(W - s B diag(g) A + s' B' diag(g') A') in one fp32 pass,
+        without a second W0, or is made anew from the W0 that merge() kept, without drift.
+
+        A new adapter of the same rank is copied into the Parameters there are, so optimisers keep
+        them. One of another rank becomes new Parameters: an optimiser made before still holds the
+        old ones.
+
+        scale: None applies the layer's own rule (lora_alpha / r) to the new rank; a number is
+            taken, and lora_alpha becomes the one that gives it.
+        gate: [R'], for SoRALinear, where None stands for ones.
+
+        The tensors may be on any device and are cast to the dtype of the adapter. Raises TypeError
+        and ValueError before anything is written.
+        """
+        self._check_swap(lora_a, lora_b, scale, gate)
+        R = lora_a.shape[0]
+        a, b = lora_a.to(self.lora_a), lora_b.to(self.lora_b)
+        if self.gate is not None:
+            gate = a.new_ones(R, dtype=torch.float32) if gate is None else gate.to(self.gate)
+        if scale is None:
+            scale = lora_scale(self.lora_alpha, R, self.use_rslora)
+        else:
+            self.lora_alpha = scale / lora_scale(1, R, self.use_rslora)
+        if self.merged:
+            new: Product = (scale, a, b, gate)
+            if self._base is None:
+                _merge_into(self.weight, self.weight, [self._product(-1), new])
+            else:
+                _merge_into(self.weight, self._base, [new])
+        self.r, self.scale = R, scale
+        for name, value in (("lora_a", a), ("lora_b", b), ("gate", gate)):
+            old = getattr(self, name)
+            if old is None:
+                continue
+            if old.shape == value.shape:
+                old.copy_(value)
+            else:
+                setattr(self, name, Parameter(value.clone(), requires_grad=old.requires_grad))
+
+    def _check_swap(self, lora_a, lora_b, scale, gate) -> None:
+        op = type(self).__name__ + ".swap"
+        for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+            check.check_tensor(op, name, t)
+        check.check_shape(op, "lora_a", lora_a, (None, self.in_features), "[R, K]")
+        R = lora_a.shape[0]
+        if R == 0:
+            raise ValueError(
+                f"{op}: lora_a has shape {list(lora_a.shape)}; the rank must be at least 1"
+            )
+        check.check_shape(op, "lora_b", lora_b, (self.out_features, R), "[N, R]")
+        if scale is not None:
+            check_number(f"{op}: scale", scale)
+        if gate is not None:
+            if self.gate is None:
+                raise ValueError(
+                    f"{op}: this layer has no gate; fold it into lora_b, or use SoRALinear"
+                )
+            check.check_tensor(op, "gate", gate)
+            check.check_shape(op, "gate", gate, (R,), "[R]")
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._base is not None:
+            device = self._base.device if self._keep_base == "cpu" else self.weight.device
+            self._base = self._base.to(device, self.weight.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["merged"] = True
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        name = prefix[:-1] or type(self).__name__
+        if self.merged:
+            errors.append(f"{name} is merged; call unmerge() before loading a state_dict into it")
+        elif local_metadata.get("merged", False):
+            errors.append(
+                f"{name} was merged when this state_dict was made, so its adapter would count "
+                f"twice; make it after unmerge(), or load its weight and bias into an nn.Linear"
+            )
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+
+
+class SoRALinear(LoRALinear):
+    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T: LoRA with a trained gate, arXiv 2311.11696.
+
+    As LoRALinear, with a Parameter gate [R], which fused_lora.optim.SoRA drives to exact zeros: the
+    ranks that the layer does not need. The gate is fp32 always: .to(dtype), .half() and .double()
+    leave it, and devices it follows.
+
+    gate_init: "normal" draws the gate from N(0, 1), as the paper's authors do; "ones" starts as
+        LoRA.
+    """
+
+    def __init__(self, *args, gate_init: str = "normal", **kwargs) -> None:
+        check_choice("gate_init", gate_init, GATE_INITS)
+        super().__init__(*args, **kwargs)
+        self._add_gate(gate_init)
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, *args, gate_init: str = "normal", **kwargs
+    ) -> "SoRALinear":
+        """As LoRALinear.from_linear, and gate_init."""
+        check_choice("gate_init", gate_init, GATE_INITS)
+        layer = super().from_linear(linear, *args, **kwargs)
+        layer._add_gate(gate_init)
+        return layer
+
+    def _add_gate(self, gate_init: str) -> None:
+        self.gate_init = gate_init
+        self.gate = Parameter(self.lora_a.new_empty(self.r, dtype=torch.float32))
+        self._reset_gate()
+
+    def _reset_gate(self) -> None:
+        if self.gate_init == "normal":
+            torch.nn.init.normal_(self.gate)
+        else:
+            torch.nn.init.ones_(self.gate)
+
+    def reset_lora_parameters(self) -> None:
+        super().reset_lora_parameters()
+        if self.gate is not None:
+            self._reset_gate()
+
+    def _apply(self, fn, recurse=True):
+        gate, grad = self.gate, self.gate.grad
+
+        def keep_gate_wide(t: Tensor) -> Tensor:
+            moved = fn(t)
+            # From t itself, so that no digit is lost on the way through the other dtype.
+            return (
+                t.to(moved.device) if (t is gate or t is grad) and moved.dtype != t.dtype else moved
+            )
+
+        return super()._apply(keep_gate_wide, recurse)

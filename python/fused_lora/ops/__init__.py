@@ -1,0 +1,1 @@
+"""One file an op: contract (schema, fake), backends, autograd Function, public function."""

@@ -1,0 +1,148 @@
+"""Which backend runs an op, and why the others do not.
+
+"torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda" needs the
+compiled extension. Nothing falls back: a backend that was asked for runs or raises the reason.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("cuda", "triton", "torch")
+
+# The order in which None chooses. A backend enters it, in front, with the measurement that proved it.
+PROVEN = ("torch",)
+
+_forced: str | None = None
+
+
+def check_backend(name: str | None, argument: str = "backend") -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return name
+
+
+_forced = check_backend(os.environ.get("FUSED_LORA_BACKEND") or None, "FUSED_LORA_BACKEND")
+
+
+def choose(backend: str | None) -> str:
+    """The backend that runs: the call's own, else use_backend's, else FUSED_LORA_BACKEND's, else the best."""
+    return check_backend(backend) or _forced or PROVEN[0]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every op that names no backend runs on `name` ("cuda", "triton", "torch"; None: the best).
+
+    It is a setting of the process, like torch.backends: set it from one thread. The backward of an op runs on
+    the backend of its forward, wherever backward() is called.
+    """
+    global _forced
+    before, _forced = _forced, check_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton; Linux only)"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def triton_interprets() -> bool:
+    """Triton kernels run on the CPU, one Python step at a time, when this is set before they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_refuses(x: torch.Tensor) -> str | None:
+    """None where the Triton kernels can run on x, else the sentence why not."""
+    if (missing := _triton_missing()) is not None:
+        return missing
+    if x.dtype == torch.float64:
+        return "the Triton kernels accumulate in fp32 and take no float64; backend='torch' does"
+    if not x.is_cuda:
+        if triton_interprets() and x.device.type == "cpu":
+            if x.dtype == torch.bfloat16:
+                return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
+            return None
+        return f"x is on {x.device}; the Triton kernels run on CUDA devices"
+    if triton_interprets():
+        return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it and start again"
+    major, minor = _capability(x.device.index)
+    if major < 8:
+        return f"{x.device} has compute capability {major}.{minor}; the Triton kernels need 8.0 or later"
+    return None
+
+
+def never_refuses(x: torch.Tensor) -> str | None:
+    return None
+
+
+def no_cuda_kernel(op: str) -> Callable[[torch.Tensor], str]:
+    """The refusal of an op that csrc/ does not have."""
+    return lambda x: f"{op} has no CUDA C++ kernel; use backend='triton' or 'torch'"
+
+
+def require(op: str, backend: str, refusals: dict[str, Callable[[torch.Tensor], str | None]], x):
+    """Raise RuntimeError with the reason where `backend` cannot run `op` on x."""
+    if (reason := refusals[backend](x)) is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+
+
+def backends() -> dict[str, str | None]:
+    """{backend: None if it can run on this machine, else the sentence why not}, in order of preference."""
+    from fused_lora import _extension
+
+    reasons: dict[str, str | None] = {"torch": None}
+    if torch.cuda.is_available():
+        reasons["triton"] = triton_refuses(torch.empty(0, device="cuda"))
+    else:
+        reasons["triton"] = triton_refuses(torch.empty(0))
+    reasons["cuda"] = _extension.why_missing()
+    if reasons["cuda"] is None and not torch.cuda.is_available():
+        reasons["cuda"] = "torch sees no CUDA device"
+    chosen = choose(None)
+    return {name: reasons[name] for name in sorted(BACKENDS, key=lambda b: b != chosen)}
+
+
+_EXPLAINERS: dict[str, Callable[..., tuple[torch.Tensor, dict]]] = {}
+
+
+def explains(op: str):
+    """Register the function that maps an op's arguments to (x, {backend: refusal})."""
+
+    def register(fn):
+        _EXPLAINERS[op] = fn
+        return fn
+
+    return register
+
+
+def why(op: str, *args, **kwargs) -> dict[str, str | None]:
+    """Which backends can run this call, and why the others cannot.
+
+    Takes an op's name and the arguments of one call of it, checks them as the op would, runs nothing, and
+    returns {backend: None if it can run, else the sentence why not} with the backend that None chooses first:
+
+        fl.why("lora_linear", x, weight, lora_a, lora_b, scale=2.0)
+        {"torch": None, "triton": "x is on cpu; the Triton kernels run on CUDA devices", "cuda": ...}
+
+    Raises ValueError for a name that is not an op, and whatever the op raises for bad arguments.
+    """
+    if op not in _EXPLAINERS:
+        raise ValueError(f"op must be one of {', '.join(sorted(_EXPLAINERS))}, got {op!r}")
+    chosen = choose(kwargs.pop("backend", None))
+    x, refusals = _EXPLAINERS[op](*args, **kwargs)
+    return {b: refusals[b](x) for b in sorted(BACKENDS, key=lambda b: (b != chosen, b != "torch"))}

@@ -1,0 +1,345 @@
+"""y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T, forward and backward.
+
+With h = drop(x) A^T, D = mask / (1 - p) and dh = scale * (dy B) * g:
+
+    dx = dy W0 + D ⊙ (dh A)      dA = dh^T drop(x)      P = dy^T h
+    dB = scale * P diag(g)       dg_r = scale * sum_n B_nr P_nr
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_lora import reference
+from fused_lora.ops import dispatch
+from fused_lora.ops import validation as check
+
+REFUSALS = {
+    "cuda": dispatch.no_cuda_kernel("lora_linear"),
+    "triton": dispatch.triton_refuses,
+    "torch": dispatch.never_refuses,
+}
+
+# Contract. h is empty where save_h is false; a gradient whose needs[i] is false is empty.
+# needs: x, weight, lora_a, lora_b, bias, gate.
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, "
+    "Tensor? seed, float scale, float dropout_p, bool save_h, str backend) -> (Tensor y, Tensor h)"
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor? gate, Tensor h, Tensor? seed, float scale, float dropout_p, bool[6] needs, str backend) "
+    "-> (Tensor dx, Tensor dw, Tensor da, Tensor db, Tensor dbias, Tensor dgate)"
+)
+
+
+def _fake(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
+    M = math.prod(x.shape[:-1])
+    h = x.new_empty(M, lora_a.shape[0]) if save_h else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
+
+
+def _fake_backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
+    bias = x.new_empty(weight.shape[0])
+    return tuple(
+        t.new_empty(t.shape) if need else x.new_empty(0)
+        for t, need in zip((x, weight, lora_a, lora_b, bias, gate), needs, strict=True)
+    )
+
+
+def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
+    dispatch.require("lora_linear", backend, REFUSALS, x)
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    forward = forward_triton if backend == "triton" else forward_torch
+    y, h = forward(x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, weight, a, b, bias, gate, seed,
+                   scale, dropout_p, save_h)  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0) if h is None else h
+
+
+def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
+    dispatch.require("lora_linear", backend, REFUSALS, x)
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    backward = backward_triton if backend == "triton" else backward_torch
+    need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
+    dy2 = dy.reshape(-1, weight.shape[0]) if dy.ndim != 2 else dy
+    x2 = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    dx, da, db, dgate = backward(
+        dy2, x2, weight, a, b, gate, h, seed, scale, dropout_p,
+        (need_dx, need_da, need_db, need_dgate), (lora_a.dtype, lora_b.dtype),
+    )  # fmt: skip
+    # Both are one plain product that cuBLAS or BLAS makes best; neither is asked for in LoRA itself.
+    dw = dy2.t() @ x2 if need_dw else None
+    dbias = dy2.sum(0) if need_dbias else None
+    dx = None if dx is None else dx.view(x.shape)
+    dgate = None if dgate is None else dgate.to(gate.dtype)
+    return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, da, db, dbias, dgate))
+
+
+def _masked(x, seed, dropout_p):
+    """(x with the dropped elements at zero, the mask, 1 / (1 - p)); x itself where nothing is dropped."""
+    if seed is None:
+        return x, None, 1.0
+    keep = reference.dropout_mask(seed, *x.shape, dropout_p)
+    return torch.where(keep, x, 0), keep, reference.dropout_scale(dropout_p)
+
+
+def _scaled_mm(alpha: float, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """alpha * lhs @ rhs, with alpha applied before the product is rounded."""
+    if alpha == 1.0:
+        return lhs @ rhs
+    return torch.addmm(lhs.new_zeros(()), lhs, rhs, beta=0, alpha=alpha)
+
+
+def _gated(t: Tensor, gate: Tensor | None) -> Tensor:
+    return t if gate is None else (t * gate).to(t.dtype)
+
+
+def forward_torch(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+    x_kept, _, keep_scale = _masked(x, seed, dropout_p)
+    h = _scaled_mm(keep_scale, x_kept, a.t())
+    y = F.linear(x, weight, bias)
+    y.addmm_(_gated(h, gate), b.t(), alpha=scale)
+    return y, h if save_h else None
+
+
+def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes):
+    need_dx, need_da, need_db, need_dgate = needs
+    dx = da = db = dgate = None
+    if need_dx or need_da:
+        dh = _gated(_scaled_mm(scale, dy, b), gate)
+        x_kept, keep, keep_scale = (
+            _masked(x, seed, dropout_p) if need_da or seed is not None else (x, None, 1.0)
+        )
+    if need_db or need_dgate:
+        p = _scaled_mm(scale, dy.t(), h)  # [N, R]
+    if need_dgate:
+        dgate = (p.to(gate.dtype) * b).sum(0)
+    if need_db:
+        db = _gated(p, gate).to(adapter_dtypes[1])
+    if need_da:
+        da = _scaled_mm(keep_scale, dh.t(), x_kept).to(adapter_dtypes[0])
+    if need_dx:
+        # The masked LoRA part first and the base product onto it: no temporary of x's size is added.
+        if seed is None:
+            dx = (dy @ weight).addmm_(dh, a)
+        else:
+            dx = _scaled_mm(keep_scale, dh, a).masked_fill_(~keep, 0).addmm_(dy, weight)
+    return dx, da, db, dgate
+
+
+def _dropout_args(seed, dropout_p):
+    if seed is None:
+        return None
+    return seed, reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
+
+
+def forward_triton(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+    from fused_lora.triton_kernels.segment_gemm import segment_gemm
+    from fused_lora.triton_kernels.shrink import shrink
+
+    drop = _dropout_args(seed, dropout_p)
+    t, h = shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
+    return segment_gemm([(x, weight), (t, b)], bias=bias), h
+
+
+def backward_triton(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes):
+    from fused_lora.triton_kernels.dropout import dropout_bits
+    from fused_lora.triton_kernels.row_reduce import row_reduce_dy, row_reduce_x
+    from fused_lora.triton_kernels.segment_gemm import segment_gemm
+    from fused_lora.triton_kernels.shrink import shrink
+
+    need_dx, need_da, need_db, need_dgate = needs
+    dx = da = db = dgate = dh = bits = None
+    drop = _dropout_args(seed, dropout_p)
+    if need_db or need_dgate:
+        dh, db, dgate = row_reduce_dy(
+            dy, b, h, scale=scale, gate=gate, need_dh=need_dx or need_da, need_dgate=need_dgate,
+            db_dtype=adapter_dtypes[1],
+        )  # fmt: skip
+    elif need_dx or need_da:
+        dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)
+    if need_da:
+        if drop and need_dx:
+            bits = torch.empty(
+                x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device
+            )
+        da = row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=adapter_dtypes[0])
+    elif drop and need_dx:
+        bits = dropout_bits(seed, *x.shape, drop[1])
+    if need_dx:
+        base, lora = (dy, weight.t()), (dh, a.t())
+        if drop:
+            dx = segment_gemm([lora, base], mask=(bits, drop[2], 1))
+        else:
+            dx = segment_gemm([base, lora])
+    return dx, da, db if need_db else None, dgate
+
+
+for _name, _impl, _fake_impl in (
+    ("lora_linear", _forward, _fake),
+    ("lora_linear_backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_lora::{_name}", _fake_impl, lib=_library)
+
+_op = torch.ops.fused_lora.lora_linear.default
+_op_backward = torch.ops.fused_lora.lora_linear_backward.default
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], gate [R] -> y [..., N].
+
+    backward: dy [..., N] -> dx, dweight, dlora_a, dlora_b, dbias, dgate of their inputs' shapes and dtypes, each
+    only where it is asked for. Saved: x, weight, the adapters, the gate, h [M, R] and the seed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, backend):
+        save_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
+        y, h = _op(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, gate, h, seed)
+        ctx.scale, ctx.dropout_p, ctx.backend = scale, dropout_p, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:6]
+        x, weight, lora_a, lora_b, gate, h, seed = ctx.saved_tensors
+        grads = _op_backward(
+            dy, x, weight, lora_a, lora_b, gate, h, seed, ctx.scale, ctx.dropout_p, needs,
+            ctx.backend,
+        )  # fmt: skip
+        wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return *wanted, None, None, None, None
+
+
+def _prepare(
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    bias=None,
+    *,
+    scale,
+    gate=None,
+    dropout_p=0.0,
+    training=True,
+    seed=None,
+):
+    """Check every argument; return the tensors as the op takes them, before autocast."""
+    op = "lora_linear"
+    for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        check.check_tensor(op, name, t)
+    for name, t in (("bias", bias), ("gate", gate)):
+        if t is not None:
+            check.check_tensor(op, name, t)
+    check.check_scale(op, scale)
+    check.check_dropout(op, dropout_p)
+    check.check_seed(op, seed, x)
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
+    check.check_shape(op, "weight", weight, (None, x.shape[-1]), "[N, K]")
+    check.check_shape(op, "lora_a", lora_a, (None, x.shape[-1]), "[R, K]")
+    N, R = weight.shape[0], lora_a.shape[0]
+    if R == 0:
+        raise ValueError(
+            f"{op}: lora_a has shape [0, {lora_a.shape[1]}]; the rank must be at least 1"
+        )
+    check.check_shape(op, "lora_b", lora_b, (N, R), "[N, R]")
+    if bias is not None:
+        check.check_shape(op, "bias", bias, (N,), "[N]")
+    if gate is not None:
+        check.check_shape(op, "gate", gate, (R,), "[R]")
+    for name, t in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+        ("gate", gate),
+    ):
+        if t is not None:
+            check.check_device(op, name, t, x)
+
+    if (dtype := check.autocast_dtype(x)) is not None:
+        x, weight, bias = (check.autocast(t, dtype) for t in (x, weight, bias))
+        lora_a, lora_b = (check.autocast_adapter(t, dtype) for t in (lora_a, lora_b))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check.check_same_dtype(op, name, t, x)
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
+        if t is not None:
+            check.check_adapter_dtype(op, name, t, x)
+
+    if isinstance(scale, Tensor):
+        # A scale that lives on the device goes into the gate, so that its value is never read by the host.
+        gate = (x.new_ones(R, dtype=torch.float32) if gate is None else gate) * scale.to(x.device)
+        scale = 1.0
+    dropping = training and dropout_p > 0
+    if not dropping:
+        seed, dropout_p = None, 0.0
+    elif seed is None:
+        seed = reference.draw_seed(x.device)
+    elif isinstance(seed, int):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    return x, weight, lora_a, lora_b, bias, gate, seed, float(scale), float(dropout_p)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T.
+
+    LoRA (arXiv 2106.09685); with a gate SoRA (arXiv 2311.11696).
+
+    Shapes: x [..., K] of any strides, weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], gate [R];
+    returns [..., N]. Any size, any rank of at least 1.
+
+    Dtypes: float32, bfloat16, float16 (and float64 with backend="torch"). weight and bias have x's dtype.
+    lora_a, lora_b and gate have it or are float32 masters: products are made in x's dtype, sums in fp32, and
+    a master's gradient comes back in float32. Autocast is followed as F.linear does; the gate stays fp32.
+
+    scale is a number or a 0-d tensor (whose gradient exists and whose value the host never reads). dropout_p
+    acts on the input of A alone, in training; its mask is a function of the seed and the position
+    (Philox4x32-7), recomputed in the backward and the same in every backend. seed: an int or an int64 tensor
+    of one element on x's device; None draws one from torch's generator. p = 1 gives the base layer.
+
+    backend: "cuda", "triton" or "torch" runs there or raises; None takes the best that is proved
+    (see fused_lora.why).
+
+    Gradients: x, weight, lora_a, lora_b, bias, gate, whichever require it; once differentiable. Saved for them
+    are x, the adapters, h [M, R] and the seed.
+
+    Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, dropout_p, seed, backend),
+    NotImplementedError (tensor subclass, sparse layout, forward-mode AD), RuntimeError (a backend that was
+    asked for and cannot run, with the reason).
+    """
+    backend = dispatch.choose(backend)
+    args = _prepare(
+        x, weight, lora_a, lora_b, bias, scale=scale, gate=gate, dropout_p=dropout_p,
+        training=training, seed=seed,
+    )  # fmt: skip
+    with check.no_autocast(args[0]):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
+            return LoRALinearFunction.apply(*args, backend)
+        return _op(*args, False, backend)[0]
+
+
+@dispatch.explains("lora_linear")
+def _explain(*args, **kwargs):
+    return _prepare(*args, **kwargs)[0], REFUSALS

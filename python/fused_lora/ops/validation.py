@@ -1,0 +1,139 @@
+"""The checks that every public function makes before anything is computed or written.
+
+Each names the argument, what came and what is wanted.
+"""
+
+import contextlib
+import sys
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_LARGEST = sys.float_info.max
+
+
+def names(dtypes) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(op: str, name: str, value, dtypes=DTYPES) -> None:
+    """A plain dense tensor of one of the dtypes, without a forward-mode tangent."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value) not in _PLAIN:
+        raise NotImplementedError(
+            f"{op}: {name} is a {type(value).__name__}; tensor subclasses are not supported, "
+            f"pass a plain torch.Tensor"
+        )
+    if value.layout != torch.strided:
+        raise NotImplementedError(
+            f"{op}: {name} has layout {value.layout}; dense (strided) tensors are supported"
+        )
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must have dtype {names(dtypes)}, got {names([value.dtype])}")
+    # A custom op would give forward-mode AD a silent zero tangent.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} carries a forward-mode tangent; only reverse-mode gradients exist"
+        )
+
+
+def check_shape(op: str, name: str, value: Tensor, wanted: tuple, spelled: str) -> None:
+    """value.shape == wanted, where None stands for any size; `spelled` is the shape in symbols."""
+    fits = value.ndim == len(wanted) and all(
+        w is None or n == w for n, w in zip(value.shape, wanted, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if w is None else str(w) for w in wanted)
+        raise ValueError(
+            f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(value.shape)}"
+        )
+
+
+def check_device(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(
+            f"{op}: {name} is on {value.device} but x is on {x.device}; move one of them"
+        )
+
+
+def check_adapter_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    """x's dtype, or fp32 masters of it."""
+    if value.dtype not in (x.dtype, torch.float32):
+        wanted = names(dict.fromkeys((x.dtype, torch.float32)))
+        raise TypeError(f"{op}: {name} must have dtype {wanted}, got {names([value.dtype])}")
+
+
+def check_scale(op: str, scale) -> None:
+    """A finite real number, or a 0-d floating tensor (whose value is not read)."""
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0 or not scale.is_floating_point():
+            raise ValueError(
+                f"{op}: scale must be a float or a 0-d floating tensor, got a {names([scale.dtype])} "
+                f"tensor of shape {list(scale.shape)}"
+            )
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float or a 0-d tensor, got {type(scale).__name__}")
+    elif not -_LARGEST <= scale <= _LARGEST:  # math.isfinite, which torch.compile traces as well
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+
+
+def check_dropout(op: str, p) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1], got {p}")
+
+
+def check_seed(op: str, seed, x: Tensor) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must have dtype int64, got {names([seed.dtype])}")
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must have one element, got shape {list(seed.shape)}")
+        check_device(op, "seed", seed, x)
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(
+                f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{op}: seed must fit in int64, got {seed}")
+
+
+def check_same_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: {name} must have x's dtype {names([x.dtype])}, got {names([value.dtype])}"
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would compute F.linear(x, ...) in, or None where it is off."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As autocast casts: every floating tensor but float64."""
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+def autocast_adapter(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 masters stay: the op casts them itself and gives their gradients back in fp32."""
+    return t if t.dtype == torch.float32 else autocast(t, dtype)
+
+
+def no_autocast(x: Tensor):
+    """The op's own products are in the dtypes they were given."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,242 @@
+"""The definition of every operation, in the shortest correct PyTorch.
+
+Any device, any floating dtype (fp64 included); autograd derives the gradients. The tests hold every
+backend to these functions. Symbols: x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], gate [R],
+adapter_ids [...] with -1 for "no adapter"; M is the product of x's leading dimensions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+PHILOX_ROUNDS = 7
+
+
+class AdapterSlots(NamedTuple):
+    """The adapters of one layer, in slots of a fixed size.
+
+    B is stored transposed, so an adapter is a range of rank rows in both stacks, contiguous along the
+    wide side. Rank rows at and after rank[j] are not part of adapter j and are never read.
+
+        a_slots [G, Rmax, K]    bt_slots [G, Rmax, N]    rank int32 [G]    scale fp32 [G]    gate fp32 [G, Rmax]
+    """
+
+    a_slots: Tensor
+    bt_slots: Tensor
+    rank: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def pack_slots(
+    adapters: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], max_rank: int | None = None
+) -> AdapterSlots:
+    """AdapterSlots of a sequence of (lora_a [R, K], lora_b [N, R], scale, gate [R] or None)."""
+    max_rank = max_rank or max(a.shape[0] for a, _, _, _ in adapters)
+    first_a, first_b = adapters[0][:2]
+    a_slots = first_a.new_zeros(len(adapters), max_rank, first_a.shape[1])
+    bt_slots = first_b.new_zeros(len(adapters), max_rank, first_b.shape[0])
+    gates = first_a.new_ones(len(adapters), max_rank, dtype=torch.float32)
+    for j, (a, b, _, gate) in enumerate(adapters):
+        a_slots[j, : a.shape[0]] = a
+        bt_slots[j, : a.shape[0]] = b.t()
+        if gate is not None:
+            gates[j, : a.shape[0]] = gate
+    rank = torch.tensor([a.shape[0] for a, *_ in adapters], dtype=torch.int32)
+    scale = torch.tensor([s for _, _, s, _ in adapters], dtype=torch.float32)
+    return AdapterSlots(a_slots, bt_slots, rank.to(first_a.device), scale.to(first_a.device), gates)
+
+
+def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-7 (Salmon et al., SC 2011) of the 128-bit counters (counter, 0) under the key `seed`.
+
+    counter int64 [...], seed int64 of one element. Returns four int64 tensors that hold 32-bit words.
+    """
+    c0, c1 = counter & _WORD, (counter >> 32) & _WORD
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=counter.device)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap, yet their 64 bits are those of the unsigned product.
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((high >> 32) & _WORD) ^ c1 ^ k0, high & _WORD
+        c2, c3 = ((low >> 32) & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(p: float) -> int:
+    """A 16-bit lane is kept iff it is at or above this: round(65536 p), ties to even."""
+    return round(65536 * p)
+
+
+def dropout_scale(p: float) -> float:
+    """1 / (1 - p), and 0 at p = 1, where nothing is kept."""
+    return 1.0 / (1.0 - p) if p < 1 else 0.0
+
+
+def dropout_lanes(seed: Tensor, rows: Tensor, K: int) -> Tensor:
+    """The 16-bit lanes of the given rows of a matrix of K columns: int64 [len(rows), K].
+
+    Element (m, k) is lane k % 8 of the Philox call with counter m * ceil(K / 8) + k // 8: word
+    lane // 2, the low half first.
+    """
+    calls = (K + 7) // 8
+    counter = rows[:, None] * calls + torch.arange(calls, device=rows.device)
+    words = torch.stack(philox4x32(counter, seed.reshape(())), dim=-1)  # [M, calls, 4]
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, calls, 4, 2]
+    return lanes.reshape(len(rows), calls * 8)[:, :K]
+
+
+def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """True where element (m, k) of an [M, K] input is kept: bool [M, K] on seed's device."""
+    rows = torch.arange(M, device=seed.device)
+    return dropout_lanes(seed, rows, K) >= dropout_threshold(p)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's own generator of `device`: int64 [1], with no host synchronisation."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _dropout(x: Tensor, p: float, training: bool, seed: int | Tensor | None) -> Tensor:
+    if not training or p == 0:
+        return x
+    if seed is None:
+        seed = draw_seed(x.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    keep = dropout_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p).view(x.shape)
+    return torch.where(keep, x, 0) * dropout_scale(p)
+
+
+def lora_add(
+    base_out, x, lora_a, lora_b, *, scale, gate=None, dropout_p=0.0, training=True, seed=None
+):
+    """y = base_out + scale * ((drop(x) A^T) * g) B^T."""
+    h = _dropout(x, dropout_p, training, seed) @ lora_a.to(x.dtype).t()
+    if gate is not None:
+        h = h * gate
+    return base_out + (scale * (h.to(x.dtype) @ lora_b.to(x.dtype).t())).to(base_out.dtype)
+
+
+def lora_linear(
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    bias=None,
+    *,
+    scale,
+    gate=None,
+    dropout_p=0.0,
+    training=True,
+    seed=None,
+):
+    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T   (LoRA arXiv 2106.09685, SoRA arXiv 2311.11696)."""
+    return lora_add(
+        F.linear(x, weight, bias),
+        x,
+        lora_a,
+        lora_b,
+        scale=scale,
+        gate=gate,
+        dropout_p=dropout_p,
+        training=training,
+        seed=seed,
+    )
+
+
+def lora_linear_group(
+    x,
+    weights,
+    lora_as,
+    lora_bs,
+    biases=None,
+    *,
+    scales,
+    gates=None,
+    dropout_p=0.0,
+    training=True,
+    seed=None,
+):
+    """[lora_linear of every projection] of one x under ONE dropout mask; an adapter may be None."""
+    if seed is None and training and dropout_p > 0:
+        seed = draw_seed(x.device)
+    n = len(weights)
+    outs = []
+    for w, a, b, bias, scale, gate in zip(
+        weights,
+        lora_as,
+        lora_bs,
+        biases or [None] * n,
+        scales,
+        gates or [None] * n,
+        strict=True,
+    ):
+        y = F.linear(x, w, bias)
+        if a is not None:
+            drop = {"dropout_p": dropout_p, "training": training, "seed": seed}
+            y = lora_add(y, x, a, b, scale=scale, gate=gate, **drop)
+        outs.append(y)
+    return outs
+
+
+def _multi_lora_delta(x, bank, adapter_ids, dropout_p, training, seed):
+    G, _, N = bank.bt_slots.shape
+    if adapter_ids.numel() and not (-1 <= int(adapter_ids.min()) and int(adapter_ids.max()) < G):
+        raise IndexError(f"adapter_ids must lie in [-1, {G}), got {adapter_ids.unique().tolist()}")
+    x = _dropout(x, dropout_p, training, seed)
+    delta = x.new_zeros(*x.shape[:-1], N)
+    for j, rank in enumerate(bank.rank.tolist()):
+        a, bt = bank.a_slots[j, :rank].to(x.dtype), bank.bt_slots[j, :rank].to(x.dtype)
+        h = (x @ a.t()) * bank.gate[j, :rank]
+        delta_j = bank.scale[j] * (h.to(x.dtype) @ bt)
+        delta = torch.where((adapter_ids == j)[..., None], delta_j.to(x.dtype), delta)
+    return delta
+
+
+def multi_lora_linear(
+    x, weight, bank, adapter_ids, bias=None, *, dropout_p=0.0, training=True, seed=None
+):
+    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base alone.
+
+    bank has the fields of AdapterSlots; adapter_ids has x's leading shape (or that of its first
+    dimension, one adapter for each sequence).
+    """
+    ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.ndim - 1 - adapter_ids.ndim))
+    delta = _multi_lora_delta(x, bank, ids, dropout_p, training, seed)
+    return F.linear(x, weight, bias) + delta
+
+
+def multi_lora_add_(y, x, bank, adapter_ids, *, out_offset=0):
+    """y[..., out_offset : out_offset + N] += s_j ((x_i A_j^T) * g_j) B_j^T, in place; returns y."""
+    ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.ndim - 1 - adapter_ids.ndim))
+    delta = _multi_lora_delta(x, bank, ids, 0.0, False, None)
+    y[..., out_offset : out_offset + delta.shape[-1]] += delta
+    return y
+
+
+def lora_embedding(ids, weight, lora_a, lora_b, *, scale):
+    """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (PEFT's layout)."""
+    return F.embedding(ids, weight) + scale * (F.embedding(ids, lora_a.t()) @ lora_b.t())
+
+
+def dept_embedding(ids, weight, prompt, lora_a, lora_b, *, scale=1.0, positions=None):
+    """[P ; E[ids] + scale (A B)[positions]]   (DePT, arXiv 2309.05173).
+
+    ids [..., L], weight [V, D], prompt [m, D] or None, lora_a [S, R] and lora_b [R, D] by POSITION;
+    positions defaults to 0 .. L-1, and a position at or past S adds nothing. Returns [..., m + L, D].
+    """
+    if positions is None:
+        positions = torch.arange(ids.shape[-1], device=ids.device)
+    S = lora_a.shape[0]
+    rows = F.embedding(positions.clamp(max=S - 1), lora_a) @ lora_b
+    e = F.embedding(ids, weight) + scale * torch.where((positions < S)[..., None], rows, 0)
+    if prompt is None:
+        return e
+    return torch.cat((prompt.expand(*e.shape[:-2], -1, -1), e), dim=-2)

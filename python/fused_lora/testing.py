@@ -1,0 +1,115 @@
+"""What the tests, and `fused-lora verify`, measure correctness with.
+
+The tolerance comes from the data: against an fp64 truth, an implementation may err twice as much as plain PyTorch
+does in the same dtype, plus one unit in the last place.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "transposed", "step2", "expanded", "misaligned")
+_GUARD = 64
+
+
+def norms(t: Tensor) -> tuple[float, float]:
+    """(Frobenius norm, largest magnitude), in fp64."""
+    if not t.numel():
+        return 0.0, 0.0
+    t = t.detach().double()
+    return t.norm().item(), t.abs().max().item()
+
+
+def converted(
+    tensors: Sequence[Tensor | None], fn: Callable[[Tensor], Tensor]
+) -> list[Tensor | None]:
+    """fn of each tensor, as leaves that require a gradient where theirs did."""
+    return [None if t is None else fn(t.detach()).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def assert_accurate(
+    names: Sequence[str],
+    ours: Sequence[Tensor | None],
+    fn: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error plus an ulp.
+
+    For each output, in the Frobenius and in the largest-element norm, with truth = fn in fp64:
+
+        |ours - truth| <= 2 |fn - truth| + eps * spread + eps(fp32) * size,  eps the coarsest dtype's among all
+
+    Every output is a sum of products of inputs. spread = sqrt(fn(inputs^2)), what one rounding of every term comes
+    to, and size = fn(|inputs|), the scale of a sum's backward error, are ulps that cancellation does not shrink.
+    Shapes and dtypes must be fn's. An output of None is not looked at.
+    """
+    plain = fn(*inputs)
+    double = converted(inputs, torch.Tensor.double)
+    truth = fn(*double)
+    size = fn(*converted(double, torch.abs))
+    squares = fn(*converted(double, torch.square))
+    for name, out, same, true, terms, square in zip(
+        names, ours, plain, truth, size, squares, strict=True
+    ):
+        if out is None:
+            continue
+        assert out.shape == same.shape, (
+            f"{name}: shape {tuple(out.shape)}, want {tuple(same.shape)}"
+        )
+        assert out.dtype == same.dtype, f"{name}: dtype {out.dtype}, want {same.dtype}"
+        eps = max(torch.finfo(t.dtype).eps for t in (*inputs, out) if t is not None)
+        sum_eps = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
+        results = (out - true, same - true, square.sqrt(), terms)
+        for norm, error, theirs, spread, sums in zip(
+            ("Frobenius", "max"), *map(norms, results), strict=True
+        ):
+            bound = 2 * theirs + eps * spread + sum_eps * sums
+            # Written so that NaN fails.
+            assert error <= bound, (
+                f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain torch has "
+                f"{theirs:.2e} (shape {tuple(out.shape)}, {out.dtype})"
+            )
+
+
+def guarded(
+    shape: tuple[int, ...],
+    layout: str = "contiguous",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    std: float = 1.0,
+) -> Tensor:
+    """A tensor of N(0, std) values in the given layout, with NaN in every byte around and between them.
+
+    A kernel that reads one element outside gets NaN. "expanded" has stride 0 along its first dimension.
+    """
+    if layout == "transposed":
+        swapped = (*shape[:-2], shape[-1], shape[-2])
+        t = guarded(swapped, dtype=dtype, device=device, generator=generator, std=std)
+        return t.transpose(-1, -2)
+    if layout == "expanded":
+        one = (1, *shape[1:])
+        return guarded(one, dtype=dtype, device=device, generator=generator, std=std).expand(shape)
+    step = 2 if layout == "step2" else 1
+    wide = (*shape[:-1], shape[-1] * step)
+    numel = torch.Size(wide).numel()
+    first = _GUARD + (layout == "misaligned")
+    buffer = torch.full((numel + 2 * _GUARD + 1,), float("nan"), dtype=dtype, device=device)
+    t = buffer[first : first + numel].view(wide)[..., ::step]
+    t.copy_(torch.randn(shape, generator=generator, dtype=torch.float32).mul_(std))
+    return t
+
+
+def saved_bytes(fn) -> tuple[int, list[Tensor]]:
+    """(bytes, tensors) that autograd keeps for the backward of fn(): each storage range is counted once."""
+    saved: dict[tuple, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.dtype] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fn()
+    return sum(t.numel() * t.element_size() for t in saved.values()), list(saved.values())

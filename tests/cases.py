@@ -1,0 +1,35 @@
+"""Sizes, layouts and dtypes that the kernel tests draw from."""
+
+import torch
+from conftest import DEVICE
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from fused_lora.testing import LAYOUTS
+
+SIZES = (0, 1, 2, 3, 7, 16, 17, 31, 33, 64, 65, 127, 129, 257)
+RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 32, 64)
+# Triton's interpreter multiplies bfloat16 bit patterns.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+DROPOUTS = (0.1, 0.3, 0.5)
+
+sizes = st.sampled_from(SIZES)
+ranks = st.sampled_from(RANKS)
+dtypes = st.sampled_from(DTYPES)
+layouts = st.sampled_from(LAYOUTS)
+seeds = st.integers(-(2**63), 2**63 - 1)
+
+
+def fuzz(examples: int):
+    """Random cases; a failing one is printed with the line that reproduces it."""
+    return settings(
+        max_examples=examples if DEVICE == "cpu" else 10 * examples,
+        deadline=None,
+        print_blob=True,
+        derandomize=False,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.differing_executors,
+        ],
+    )

@@ -1,0 +1,33 @@
+"""Without a GPU the Triton kernels run under Triton's interpreter, which must be asked for before they are imported."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("FUSED_LORA_TEST_DEVICE") or (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    # Two test processes share two cores.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN, so an element that no kernel wrote cannot pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

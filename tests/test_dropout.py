@@ -1,0 +1,83 @@
+"""The mask: Philox4x32-7 against its known answers, and the same bits from the kernels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DROPOUTS, fuzz, seeds, sizes
+from conftest import DEVICE
+from hypothesis import given
+
+from fused_lora import reference
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "philox.json").read_text())
+
+
+def test_philox_known_answer():
+    words = reference.philox4x32(torch.zeros((), dtype=torch.int64), torch.tensor(0))
+    assert [f"{int(w):08x}" for w in words] == VECTORS["random123"]["rounds7_zero"]
+
+
+@pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda c: f"seed={c['seed']}")
+def test_lanes(case):
+    lanes = reference.dropout_lanes(
+        torch.tensor([case["seed"]]), torch.arange(case["M"]), case["K"]
+    )
+    assert lanes.tolist() == case["lanes"]
+
+
+@pytest.mark.parametrize("case", VECTORS["far"], ids=lambda c: f"m={c['m']}")
+def test_lanes_far_out(case):
+    lanes = reference.dropout_lanes(
+        torch.tensor([case["seed"]]), torch.tensor([case["m"]]), case["K"]
+    )
+    assert lanes[0, case["k"]].item() == case["lane"]
+
+
+@given(M=sizes, K=sizes, seed=seeds)
+@fuzz(25)
+@pytest.mark.parametrize("p", DROPOUTS)
+def test_kernel_bits_are_the_reference_mask(p, M, K, seed):
+    from fused_lora.triton_kernels.dropout import dropout_bits
+
+    seed_t = torch.tensor([seed], device=DEVICE)
+    bits = dropout_bits(seed_t, M, K, reference.dropout_threshold(p))
+    lanes = torch.arange(8, device=DEVICE)
+    keep = (bits[:, :, None] >> lanes & 1).bool().reshape(M, bits.shape[1] * 8)[:, :K]
+    assert torch.equal(keep, reference.dropout_mask(seed_t, M, K, p))
+
+
+@pytest.mark.parametrize("p", [0.0001, *DROPOUTS, 0.9])
+def test_rate(p):
+    """The share of dropped elements lies within 5 standard deviations of p (rounded to 16 bits)."""
+    n = 2**21
+    keep = reference.dropout_mask(torch.tensor([1]), n // 256, 256, p)
+    exact = reference.dropout_threshold(p) / 65536
+    dropped = n - keep.sum().item()
+    assert abs(dropped - n * exact) < 5 * (n * exact * (1 - exact)) ** 0.5
+
+
+def test_independence():
+    """Neighbours in a row, in a column and under consecutive seeds agree as often as coins do."""
+    p, n = 0.5, 2**20
+    a = reference.dropout_mask(torch.tensor([7]), 1024, 1024, p)
+    b = reference.dropout_mask(torch.tensor([8]), 1024, 1024, p)
+    pairs = {
+        "row": (a[:, 1:], a[:, :-1]),
+        "column": (a[1:], a[:-1]),
+        "lane": (a[:, ::8], a[:, 1::8]),
+        "half word": (a[:, ::2], a[:, 1::2]),
+        "seed": (a, b),
+    }
+    for name, (u, v) in pairs.items():
+        agree = (u == v).double().mean().item()
+        assert abs(agree - 0.5) < 5 * 0.5 / (u.numel() ** 0.5), name
+    assert a.sum().item() != n
+
+
+def test_p_one_keeps_nothing_and_p_zero_everything():
+    seed = torch.tensor([3])
+    assert not reference.dropout_mask(seed, 64, 64, 1.0).any()
+    assert reference.dropout_mask(seed, 64, 64, 0.0).all()
+    assert reference.dropout_scale(1.0) == 0.0
