@@ -1,4 +1,7 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which must be asked for before they are imported."""
+"""Without a GPU the Triton kernels run under Triton's interpreter.
+
+It must be asked for before the kernels are imported.
+"""
 
 import os
 

@@ -11,7 +11,7 @@ import torch
 from cases import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from test_soft_threshold import DTYPES, SIZES, closed_form, same
+from test_soft_threshold import DTYPES, SIZES, closed_form, edges, same
 
 from fused_lora import _extension
 
@@ -86,6 +86,13 @@ def test_host_twin_equals_foreach(library, sizes, xi, seed):
     torch.ops.fused_lora.soft_threshold_(twins, xi)
     for got, expected in zip(gates, twins, strict=True):
         same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_host_twin_at_the_edges_of_the_threshold(library, dtype):
+    v, want = edges(dtype, 0.25)
+    torch.ops.fused_lora._soft_threshold_host_([v], 0.25)
+    same(v, want)
 
 
 def test_host_twin_writes_only_the_gates(library):

@@ -148,7 +148,7 @@ assert soft_threshold_(torch.ones(3), 0.25).tolist() == [0.75] * 3
     assert done.returncode == 0, done.stdout
     code = """
 import sys, fused_lora
-lazy = ("triton", "fused_lora._C", "fused_lora.triton_kernels")
+lazy = ("triton", "torch._dynamo", "peft", "fused_lora._C", "fused_lora.triton_kernels")
 loaded = [m for m in sys.modules if m.startswith(lazy)]
 assert not loaded, loaded
 """

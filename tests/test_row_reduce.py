@@ -3,13 +3,13 @@
 import torch
 from cases import DROPOUTS, dtypes, fuzz, layouts, ranks, seeds, sizes
 from conftest import DEVICE
+from fused_lora.triton_kernels.dropout import dropout_bits
+from fused_lora.triton_kernels.row_reduce import row_reduce_dy, row_reduce_x
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora import reference
 from fused_lora.testing import assert_accurate, guarded
-from fused_lora.triton_kernels.dropout import dropout_bits
-from fused_lora.triton_kernels.row_reduce import row_reduce_dy, row_reduce_x
 
 SCALE = 0.6
 

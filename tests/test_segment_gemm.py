@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases import DROPOUTS, dtypes, fuzz, layouts, ranks, seeds, sizes
 from conftest import DEVICE
+from fused_lora.triton_kernels.dropout import dropout_bits
+from fused_lora.triton_kernels.segment_gemm import segment_gemm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora import reference
 from fused_lora.testing import assert_accurate, guarded
-from fused_lora.triton_kernels.dropout import dropout_bits
-from fused_lora.triton_kernels.segment_gemm import segment_gemm
 
 
 def check(segments, *, bias=None, mask=None, keep=None, config=None):
@@ -71,7 +71,7 @@ def test_any_number_of_segments(n):
 
 @pytest.mark.parametrize("group_m", [1, 2, 8])
 def test_every_tile_is_written_once(group_m):
-    """Tiles are permuted for L2; a tile that is missed stays NaN, one taken twice leaves another out."""
+    """Tiles are permuted for L2; one taken twice leaves another out, which stays NaN."""
     x, w = guarded((150, 20), device=DEVICE), guarded((170, 20), device=DEVICE)
     config = {
         "BLOCK_M": 16,

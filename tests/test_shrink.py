@@ -4,12 +4,12 @@ import pytest
 import torch
 from cases import DROPOUTS, dtypes, fuzz, layouts, ranks, seeds, sizes
 from conftest import DEVICE
+from fused_lora.triton_kernels.shrink import shrink
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora import reference
 from fused_lora.testing import assert_accurate, guarded
-from fused_lora.triton_kernels.shrink import shrink
 
 SCALE = 1.7
 

@@ -28,6 +28,14 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+def edges(dtype: torch.dtype, xi: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(v, T_xi(v)) at and beside +-xi, and where floating point is special; xi is a power of 2."""
+    eps, inf, nan = torch.finfo(dtype).eps * xi, math.inf, math.nan
+    v = [xi, xi + eps, xi - eps, -xi, -xi - eps, -xi + eps, 0.0, -0.0, 1.0, -1.0, inf, -inf, nan]
+    want = [0, eps, 0, 0, -eps, 0, 0, 0, 1 - xi, xi - 1, inf, -inf, nan]
+    return torch.tensor(v, dtype=dtype), torch.tensor(want, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("xi", [0.0, 0.1, 0.5, 1e-8, 7.0])
 def test_closed_form(dtype, xi, device):
@@ -40,25 +48,8 @@ def test_closed_form(dtype, xi, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges(dtype, device):
-    xi = 0.25
-    eps = torch.finfo(dtype).eps * xi
-    v = [
-        xi,
-        xi + eps,
-        xi - eps,
-        0.0,
-        -0.0,
-        1.0,
-        -xi,
-        -xi - eps,
-        -xi + eps,
-        math.inf,
-        -math.inf,
-        math.nan,
-    ]
-    want = [0, eps, 0, 0, 0, 1 - xi, 0, -eps, 0, math.inf, -math.inf, math.nan]
-    gate = torch.tensor(v, dtype=dtype, device=device)
-    same(soft_threshold_(gate, xi), torch.tensor(want, dtype=dtype, device=device))
+    v, want = edges(dtype, 0.25)
+    same(soft_threshold_(v.to(device), 0.25), want.to(device))
 
 
 def test_minimises_the_penalised_distance(device):

@@ -1,6 +1,7 @@
 """Which tile a kernel runs with: rows of tuning/default.json, and the closed forms for what follows from sizes.
 
-A row is chosen by the GPU's family, the element size and the bucket of M or R; any size on any GPU finds one.
+A row is chosen by the GPU's family, the kind of product and the bucket of the sizes; any size on any GPU finds
+one. No choice depends on anything but the arguments, so a result is the same, bit for bit, on every GPU of a family.
 """
 
 import functools
@@ -10,22 +11,11 @@ from pathlib import Path
 import torch
 import triton
 
-# The family of the newest entry that is not newer than the GPU. "compact" is sm_80's programming model with
-# 99 KiB of shared memory.
-FAMILIES = {
-    0: "interpreter",
-    80: "ampere",
-    86: "compact",
-    87: "ampere",
-    89: "compact",
-    90: "hopper",
-    100: "blackwell",
-    120: "compact",
-}
-SHARED_MEMORY = {"ampere": 163, "compact": 99, "hopper": 227, "blackwell": 227}  # KiB a block
-MAX_BLOCK_R = {"half": 128, "fp32": 64}
-# What a split is sized for. It is a constant and not the device's own count, so that the order of every sum, and
-# with it every bit of the result, is the same on every GPU of a family.
+# A family is a tensor-core instruction. A GPU belongs to the newest entry that is not newer than itself.
+FAMILIES = {0: "interpreter", 80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+SHARED_MEMORY = {0: 1 << 30, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block
+MAX_BLOCK_R = {"half": 128, "tf32": 128, "fp32": 64}
+# What a split is sized for: two blocks or so for each multiprocessor of a large GPU.
 BLOCKS_WANTED = 256
 
 
@@ -45,12 +35,12 @@ def capability(device: torch.device) -> int:
     return _cuda_capability(device.index or 0) if device.type == "cuda" else 0
 
 
+def _newest(known: dict, sm: int):
+    return known[max(entry for entry in known if entry <= sm)]
+
+
 def family(sm: int) -> str:
-    return FAMILIES[max(known for known in FAMILIES if known <= sm)]
-
-
-def kind(dtype: torch.dtype) -> str:
-    return "fp32" if dtype == torch.float32 else "half"
+    return _newest(FAMILIES, sm)
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -59,36 +49,83 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if input_precision(dtype) == "tf32" else "fp32"
+
+
 def block_of(size: int, cap: int) -> int:
     """The smallest power of two that holds `size`, from 16 (tl.dot's least) to `cap`."""
     return max(16, min(cap, triton.next_power_of_2(size)))
 
 
-def _row(op: str, dtype: torch.dtype, sm: int, **sizes: int) -> dict:
-    """The first row whose bounds hold all sizes, without its bounds."""
-    for row in table()[op][family(sm)][kind(dtype)]:
-        if all(size <= row.get(f"max_{name}", size) for name, size in sizes.items()):
+def rows(op: str, sm: int, kind: str) -> list[dict]:
+    """The rows of an op, narrowest bounds first. A family that is a string has the rows of the family it names."""
+    families = table()[op]
+    found = families[family(sm)]
+    return (families[found] if isinstance(found, str) else found)[kind]
+
+
+@functools.lru_cache(maxsize=4096)
+def _row(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dict | None:
+    """The first row whose bounds hold all sizes, without its bounds; None where no row does."""
+    for row in rows(op, sm, kind):
+        if all(size <= row.get(f"max_{name}", size) for name, size in sizes):
             return {key: value for key, value in row.items() if not key.startswith("max_")}
-    raise LookupError(f"tuning/default.json has no row for {op} on sm_{sm} with {sizes}")
+    return None
 
 
-@functools.lru_cache(maxsize=4096)
 def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
-    return _row("segment_gemm", dtype, sm, M=M)
+    return _row("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
 
 
-@functools.lru_cache(maxsize=4096)
-def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int) -> dict:
-    row = _row("row_reduce", dtype, sm, R=R)
-    return row | {"BLOCK_R": block_of(R, MAX_BLOCK_R[kind(dtype)])}
-
-
-@functools.lru_cache(maxsize=4096)
 def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
     """K is split until there are BLOCKS_WANTED blocks, but no split is shorter than one K step."""
-    row = _row("shrink", dtype, sm, R=R)
+    row = _row("shrink", kind(dtype), sm, (("R", R),))
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(R, block_r)
     steps = triton.cdiv(K, row["BLOCK_K"])
-    split = max(1, min(BLOCKS_WANTED // max(1, blocks), steps))
-    return row | {"BLOCK_R": block_r, "SPLIT_K": split}
+    return row | {"BLOCK_R": block_r, "SPLIT_K": max(1, min(BLOCKS_WANTED // max(1, blocks), steps))}
+
+
+def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False) -> dict | None:
+    """M is split into ROWS until there are BLOCKS_WANTED blocks. None: u is better made by a shrink of its own."""
+    row = _row("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
+    if row is None:
+        return None
+    block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
+    blocks = triton.cdiv(C, row["BLOCK_C"]) * triton.cdiv(R, block_r)
+    steps = triton.cdiv(M, max(1, BLOCKS_WANTED // max(1, blocks)) * row["BLOCK_M"])
+    return row | {"BLOCK_R": block_r, "ROWS": max(1, steps) * row["BLOCK_M"]}
+
+
+def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
+    """Bytes of shared memory a block asks for, at most: the pipelined operands and one tile outside the pipeline."""
+    c = {"BLOCK_R": MAX_BLOCK_R[kind], **config}
+    lhs, rhs, step = {
+        "segment_gemm": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        "shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
+        "row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
+        "row_reduce_u": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
+    }[op]
+    lhs, rhs, step = c[lhs], c[rhs], c[step]
+    # mma reads its operands into registers and frees their buffer; the others read them where they lie.
+    buffers = c["num_stages"] - (family(sm) == "mma")
+    element = 2 if kind == "half" else 4
+    if op == "segment_gemm":
+        return element * max(buffers * (lhs + rhs) * step, lhs * rhs)
+    outside = lhs * step if op == "shrink" else (lhs + rhs) * step  # a masked tile; the other operand transposed
+    return element * (buffers * (lhs + rhs) * step + outside)
+
+
+def valid(op: str, config: dict, sm: int, kind: str) -> bool:
+    """Whether a config can run: the one predicate of the tables, the tuner and the tests."""
+    blocks = [value for key, value in config.items() if key.startswith("BLOCK_")]
+    return (
+        all(block >= 16 and block & (block - 1) == 0 for block in blocks)
+        and config["num_warps"] in (1, 2, 4, 8, 16)
+        and config["num_stages"] >= 1
+        and config.get("ROWS", 0) % config["BLOCK_M"] == 0
+        and shared_memory(op, config, sm, kind) <= 1024 * _newest(SHARED_MEMORY, sm)
+    )

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import exact, launch
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def scaled(h, gate_ptr, scale, offs_r, mask_r):
     return t
 
 
-@triton.jit(do_not_specialize=["I", "S"])
+@triton.jit(do_not_specialize=["S"])
 def sum_planes_kernel(
     planes_ptr,  # fp32 [S, I, R]
     gate_ptr,  # [R] or None
@@ -91,13 +91,13 @@ def sum_planes(planes, *, plain_scale=1.0, scale=1.0, gate=None, w=None, h=None,
             h,
             t,
             dots,
-            planes.stride(),
-            None if w is None else w.stride(),
-            None if h is None else h.stride(),
-            None if t is None else t.stride(),
+            exact(planes.stride()),
+            None if w is None else exact(w.stride()),
+            None if h is None else exact(h.stride()),
+            None if t is None else exact(t.stride()),
             S,
             I,
-            R,
+            *exact((R,)),
             plain_scale,
             scale,
             BLOCK_I=BLOCK_I,

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from . import configs
 from .dropout import expand_bits, keep_bits
-from .launch import launch
+from .launch import exact, launch
 from .planes import sum_planes
+from .shrink import shrink
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "rows"])
@@ -104,7 +105,8 @@ def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
     uint8 [M, ceil(C / 8)] then receives the mask.
     """
     (M, C), R = z.shape, v.shape[1]
-    c = dict(config or configs.row_reduce(M, C, R, z.dtype, configs.capability(z.device)))
+    sm = configs.capability(z.device)
+    c = dict(config or configs.row_reduce(M, C, R, z.dtype, sm, with_u=w is not None))
     rows = c.pop("ROWS")
     seed, threshold = dropout or (None, 0)
     row_blocks, col_blocks = triton.cdiv(M, rows), triton.cdiv(C, c["BLOCK_C"])
@@ -124,11 +126,11 @@ def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
             p,
             u,
             z.stride(),
-            v.stride(),
-            None if w is None else w.stride(),
+            exact(v.stride()),
+            None if w is None else exact(w.stride()),
             M,
             C,
-            R,
+            *exact((R,)),
             threshold,
             rows,
             INPUT_PRECISION=configs.input_precision(z.dtype),
@@ -141,10 +143,16 @@ def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False,
     """(dh [M, R], dB [N, R], dg fp32 [R]) from ONE read of dy [M, N].
 
     dh = scale * g ⊙ (dy B)     dB = scale * P diag(g)     dg_r = scale * sum_n B_nr P_nr,  P = dy^T h
+
+    The planes of u grow with R; where they would cost more than a second read of dy, dh is a shrink.
     """
-    p, u = row_reduce(dy, h, w=b if need_dh else None)
+    sm = configs.capability(dy.device)
+    together = need_dh and configs.row_reduce(*dy.shape, h.shape[1], dy.dtype, sm, with_u=True)
+    p, u = row_reduce(dy, h, w=b if together else None)
     dh = None
-    if u is not None:
+    if need_dh and u is None:
+        dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)
+    elif need_dh:
         dh = torch.empty_like(h)
         sum_planes(u, scale=scale, gate=gate, t=dh)
     db = torch.empty(b.shape, dtype=db_dtype or b.dtype, device=b.device)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import expand_bits
-from .launch import launch
+from .launch import exact, launch
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None):
             bias,
             bits,
             y,
-            tuple(t.stride() for t in lhs),
-            tuple(t.stride() for t in rhs),
+            tuple(exact(t.stride()) for t in lhs),
+            tuple(exact(t.stride()) for t in rhs),
             M,
             N,
-            tuple(t.shape[1] for t in lhs),
+            exact(tuple(t.shape[1] for t in lhs)),
             keep_scale,
             MASKED=masked,
             # A rank is one K step, no wider than it needs to be.

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import expand_bits, keep_bits
-from .launch import launch
+from .launch import exact, launch
 from .planes import scaled, sum_planes
 
 
@@ -107,10 +107,10 @@ def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=Non
             t,
             planes,
             x.stride(),
-            a.stride(),
+            exact(a.stride()),
             M,
             K,
-            R,
+            *exact((R,)),
             scale,
             keep_scale,
             threshold,

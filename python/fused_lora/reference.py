@@ -1,8 +1,8 @@
 """The definition of every operation, in the shortest correct PyTorch.
 
 Any device, any floating dtype (fp64 included); autograd derives the gradients. The tests hold every
-backend to these functions. Symbols: x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], gate [R],
-adapter_ids [...] with -1 for "no adapter"; M is the product of x's leading dimensions.
+backend to these functions. Symbols: x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], gate
+[R], adapter_ids [...] with -1 for "no adapter"; M is the product of x's leading dimensions.
 """
 
 import math
@@ -20,10 +20,11 @@ PHILOX_ROUNDS = 7
 class AdapterSlots(NamedTuple):
     """The adapters of one layer, in slots of a fixed size.
 
-    B is stored transposed, so an adapter is a range of rank rows in both stacks, contiguous along the
-    wide side. Rank rows at and after rank[j] are not part of adapter j and are never read.
+    B is stored transposed, so an adapter is a range of rank rows in both stacks, contiguous along
+    the wide side. Rank rows at and after rank[j] are not part of adapter j and are never read.
 
-        a_slots [G, Rmax, K]    bt_slots [G, Rmax, N]    rank int32 [G]    scale fp32 [G]    gate fp32 [G, Rmax]
+        a_slots [G, Rmax, K]    bt_slots [G, Rmax, N]    rank int32 [G]    scale fp32 [G]    gate
+        fp32 [G, Rmax]
     """
 
     a_slots: Tensor
@@ -53,9 +54,11 @@ def pack_slots(
 
 
 def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-7 (Salmon et al., SC 2011) of the 128-bit counters (counter, 0) under the key `seed`.
+    """Philox4x32-7 (Salmon et al., SC 2011) of the 128-bit counters (counter, 0) under the key
+    `seed`.
 
-    counter int64 [...], seed int64 of one element. Returns four int64 tensors that hold 32-bit words.
+    counter int64 [...], seed int64 of one element. Returns four int64 tensors that hold 32-bit
+    words.
     """
     c0, c1 = counter & _WORD, (counter >> 32) & _WORD
     c2 = c3 = torch.zeros((), dtype=torch.int64, device=counter.device)
@@ -137,7 +140,7 @@ def lora_linear(
     training=True,
     seed=None,
 ):
-    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T   (LoRA arXiv 2106.09685, SoRA arXiv 2311.11696)."""
+    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T   (arXiv 2106.09685, 2311.11696)."""
     return lora_add(
         F.linear(x, weight, bias),
         x,
@@ -203,7 +206,8 @@ def _multi_lora_delta(x, bank, adapter_ids, dropout_p, training, seed):
 def multi_lora_linear(
     x, weight, bank, adapter_ids, bias=None, *, dropout_p=0.0, training=True, seed=None
 ):
-    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base alone.
+    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base
+    alone.
 
     bank has the fields of AdapterSlots; adapter_ids has x's leading shape (or that of its first
     dimension, one adapter for each sequence).
@@ -222,7 +226,7 @@ def multi_lora_add_(y, x, bank, adapter_ids, *, out_offset=0):
 
 
 def lora_embedding(ids, weight, lora_a, lora_b, *, scale):
-    """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (PEFT's layout)."""
+    """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (as PEFT)."""
     return F.embedding(ids, weight) + scale * (F.embedding(ids, lora_a.t()) @ lora_b.t())
 
 
@@ -230,7 +234,8 @@ def dept_embedding(ids, weight, prompt, lora_a, lora_b, *, scale=1.0, positions=
     """[P ; E[ids] + scale (A B)[positions]]   (DePT, arXiv 2309.05173).
 
     ids [..., L], weight [V, D], prompt [m, D] or None, lora_a [S, R] and lora_b [R, D] by POSITION;
-    positions defaults to 0 .. L-1, and a position at or past S adds nothing. Returns [..., m + L, D].
+    positions defaults to 0 .. L-1, and a position at or past S adds nothing. Returns [..., m + L,
+    D].
     """
     if positions is None:
         positions = torch.arange(ids.shape[-1], device=ids.device)

@@ -1,7 +1,7 @@
 """What the tests, and `fused-lora verify`, measure correctness with.
 
-The tolerance comes from the data: against an fp64 truth, an implementation may err twice as much as plain PyTorch
-does in the same dtype, plus one unit in the last place.
+The tolerance comes from the data: against an fp64 truth, an implementation may err twice as much as
+plain PyTorch does in the same dtype, plus one unit in the last place.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,15 +34,19 @@ def assert_accurate(
     fn: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
 ) -> None:
-    """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error plus an ulp.
+    """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error
+    plus an ulp.
 
     For each output, in the Frobenius and in the largest-element norm, with truth = fn in fp64:
 
-        |ours - truth| <= 2 |fn - truth| + eps * spread + eps(fp32) * size,  eps the coarsest dtype's among all
+        |ours - truth| <= 2 |fn - truth| + eps * spread + eps(fp32) * size
 
-    Every output is a sum of products of inputs. spread = sqrt(fn(inputs^2)), what one rounding of every term comes
-    to, and size = fn(|inputs|), the scale of a sum's backward error, are ulps that cancellation does not shrink.
-    Shapes and dtypes must be fn's. An output of None is not looked at.
+    where eps is that of the coarsest dtype among ours and the inputs.
+
+    Every output is a sum of products of inputs. spread = sqrt(fn(inputs^2)), what one rounding of
+    every term comes to, and size = fn(|inputs|), the scale of a sum's backward error, are ulps that
+    cancellation does not shrink. Shapes and dtypes must be fn's. An output of None is not looked
+    at.
     """
     plain = fn(*inputs)
     double = converted(inputs, torch.Tensor.double)
@@ -67,8 +71,8 @@ def assert_accurate(
             bound = 2 * theirs + eps * spread + sum_eps * sums
             # Written so that NaN fails.
             assert error <= bound, (
-                f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain torch has "
-                f"{theirs:.2e} (shape {tuple(out.shape)}, {out.dtype})"
+                f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain torch "
+                f"has {theirs:.2e} (shape {tuple(out.shape)}, {out.dtype})"
             )
 
 
@@ -81,9 +85,11 @@ def guarded(
     generator: torch.Generator | None = None,
     std: float = 1.0,
 ) -> Tensor:
-    """A tensor of N(0, std) values in the given layout, with NaN in every byte around and between them.
+    """A tensor of N(0, std) values in the given layout, with NaN in every byte around and between
+    them.
 
-    A kernel that reads one element outside gets NaN. "expanded" has stride 0 along its first dimension.
+    A kernel that reads one element outside gets NaN. "expanded" has stride 0 along its first
+    dimension.
     """
     if layout == "transposed":
         swapped = (*shape[:-2], shape[-1], shape[-2])
@@ -103,7 +109,7 @@ def guarded(
 
 
 def saved_bytes(fn) -> tuple[int, list[Tensor]]:
-    """(bytes, tensors) that autograd keeps for the backward of fn(): each storage range is counted once."""
+    """(bytes, tensors) that autograd keeps for the backward of fn(), each storage range once."""
     saved: dict[tuple, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Which backend runs an op, and why the others do not.
 
-"torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda" needs the
-compiled extension. Nothing falls back: a backend that was asked for runs or raises the reason.
+"torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda"
+needs the compiled extension. Nothing falls back: a backend that was asked for runs or raises the
+reason.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ import torch
 
 BACKENDS = ("cuda", "triton", "torch")
 
-# The order in which None chooses. A backend enters it, in front, with the measurement that proved it.
+# The order in which None chooses. A backend enters it, in front, with the measurement that proved
+# it.
 PROVEN = ("torch",)
 
 _forced: str | None = None
@@ -30,16 +32,17 @@ _forced = check_backend(os.environ.get("FUSED_LORA_BACKEND") or None, "FUSED_LOR
 
 
 def choose(backend: str | None) -> str:
-    """The backend that runs: the call's own, else use_backend's, else FUSED_LORA_BACKEND's, else the best."""
+    """The call's own backend, else use_backend's, else FUSED_LORA_BACKEND's, else the best."""
     return check_backend(backend) or _forced or PROVEN[0]
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block every op that names no backend runs on `name` ("cuda", "triton", "torch"; None: the best).
+    """Within the block every op that names no backend runs on `name` ("cuda", "triton", "torch";
+    None: the best).
 
-    It is a setting of the process, like torch.backends: set it from one thread. The backward of an op runs on
-    the backend of its forward, wherever backward() is called.
+    It is a setting of the process, like torch.backends: set it from one thread. The backward of an
+    op runs on the backend of its forward, wherever backward() is called.
     """
     global _forced
     before, _forced = _forced, check_backend(name)
@@ -62,7 +65,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def triton_interprets() -> bool:
-    """Triton kernels run on the CPU, one Python step at a time, when this is set before they are imported."""
+    """Triton kernels are interpreted on the CPU when this is set before they are imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -82,7 +85,7 @@ def triton_refuses(x: torch.Tensor) -> str | None:
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it and start again"
     major, minor = _capability(x.device.index)
     if major < 8:
-        return f"{x.device} has compute capability {major}.{minor}; the Triton kernels need 8.0 or later"
+        return f"{x.device} has compute capability {major}.{minor}; the Triton kernels need 8.0"
     return None
 
 
@@ -102,7 +105,7 @@ def require(op: str, backend: str, refusals: dict[str, Callable[[torch.Tensor], 
 
 
 def backends() -> dict[str, str | None]:
-    """{backend: None if it can run on this machine, else the sentence why not}, in order of preference."""
+    """{backend: None if it can run on this machine, else the sentence why not}, chosen first."""
     from fused_lora import _extension
 
     reasons: dict[str, str | None] = {"torch": None}
@@ -133,11 +136,13 @@ def explains(op: str):
 def why(op: str, *args, **kwargs) -> dict[str, str | None]:
     """Which backends can run this call, and why the others cannot.
 
-    Takes an op's name and the arguments of one call of it, checks them as the op would, runs nothing, and
-    returns {backend: None if it can run, else the sentence why not} with the backend that None chooses first:
+    Takes an op's name and the arguments of one call of it, checks them as the op would, runs
+    nothing, and returns {backend: None if it can run, else the sentence why not} with the backend
+    that None chooses first:
 
         fl.why("lora_linear", x, weight, lora_a, lora_b, scale=2.0)
-        {"torch": None, "triton": "x is on cpu; the Triton kernels run on CUDA devices", "cuda": ...}
+        {"torch": None, "triton": "x is on cpu; the Triton kernels run on CUDA devices", "cuda":
+        ...}
 
     Raises ValueError for a name that is not an op, and whatever the op raises for bad arguments.
     """

@@ -27,13 +27,14 @@ REFUSALS = {
 # needs: x, weight, lora_a, lora_b, bias, gate.
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, "
-    "Tensor? seed, float scale, float dropout_p, bool save_h, str backend) -> (Tensor y, Tensor h)"
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+    "Tensor? gate, Tensor? seed, float scale, float dropout_p, bool save_h, str backend) "
+    "-> (Tensor y, Tensor h)"
 )
 _library.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
-    "Tensor? gate, Tensor h, Tensor? seed, float scale, float dropout_p, bool[6] needs, str backend) "
-    "-> (Tensor dx, Tensor dw, Tensor da, Tensor db, Tensor dbias, Tensor dgate)"
+    "Tensor? gate, Tensor h, Tensor? seed, float scale, float dropout_p, bool[6] needs, "
+    "str backend) -> (Tensor dx, Tensor dw, Tensor da, Tensor db, Tensor dbias, Tensor dgate)"
 )
 
 
@@ -51,36 +52,52 @@ def _fake_backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_
     )
 
 
+def _rows(t: Tensor) -> Tensor:
+    """[..., C] as the matrix of its rows."""
+    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _adapters(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 masters as the products take them."""
+    if lora_a.dtype == lora_b.dtype == dtype:
+        return lora_a, lora_b
+    return lora_a.to(dtype), lora_b.to(dtype)
+
+
 def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
     dispatch.require("lora_linear", backend, REFUSALS, x)
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    a, b = _adapters(lora_a, lora_b, x.dtype)
     forward = forward_triton if backend == "triton" else forward_torch
-    y, h = forward(x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, weight, a, b, bias, gate, seed,
-                   scale, dropout_p, save_h)  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0) if h is None else h
+    y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h)
+    if x.ndim != 2:
+        y = y.view(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(0) if h is None else h
 
 
 def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
     dispatch.require("lora_linear", backend, REFUSALS, x)
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    a, b = _adapters(lora_a, lora_b, x.dtype)
     backward = backward_triton if backend == "triton" else backward_torch
     need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
-    dy2 = dy.reshape(-1, weight.shape[0]) if dy.ndim != 2 else dy
-    x2 = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    dtypes = lora_a.dtype, lora_b.dtype
+    skinny = need_dx, need_da, need_db, need_dgate
+    dy, rows = _rows(dy), _rows(x)
     dx, da, db, dgate = backward(
-        dy2, x2, weight, a, b, gate, h, seed, scale, dropout_p,
-        (need_dx, need_da, need_db, need_dgate), (lora_a.dtype, lora_b.dtype),
-    )  # fmt: skip
-    # Both are one plain product that cuBLAS or BLAS makes best; neither is asked for in LoRA itself.
-    dw = dy2.t() @ x2 if need_dw else None
-    dbias = dy2.sum(0) if need_dbias else None
-    dx = None if dx is None else dx.view(x.shape)
-    dgate = None if dgate is None else dgate.to(gate.dtype)
+        dy, rows, weight, a, b, gate, h, seed, scale, dropout_p, skinny, dtypes
+    )
+    # Each is one plain product or sum that the vendor's library makes best, and LoRA itself asks
+    # for neither.
+    dw = dy.t() @ rows if need_dw else None
+    dbias = dy.sum(0) if need_dbias else None
+    if need_dx:
+        dx = dx.view(x.shape)
+    if need_dgate:
+        dgate = dgate.to(gate.dtype)
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, da, db, dbias, dgate))
 
 
 def _masked(x, seed, dropout_p):
-    """(x with the dropped elements at zero, the mask, 1 / (1 - p)); x itself where nothing is dropped."""
+    """(x with the dropped elements at zero, the mask, 1 / (1 - p)); without a seed x itself."""
     if seed is None:
         return x, None, 1.0
     keep = reference.dropout_mask(seed, *x.shape, dropout_p)
@@ -123,7 +140,8 @@ def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, 
     if need_da:
         da = _scaled_mm(keep_scale, dh.t(), x_kept).to(adapter_dtypes[0])
     if need_dx:
-        # The masked LoRA part first and the base product onto it: no temporary of x's size is added.
+        # The masked LoRA part first and the base product onto it: no temporary of x's size is
+        # added.
         if seed is None:
             dx = (dy @ weight).addmm_(dh, a)
         else:
@@ -193,8 +211,9 @@ _op_backward = torch.ops.fused_lora.lora_linear_backward.default
 class LoRALinearFunction(torch.autograd.Function):
     """x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], gate [R] -> y [..., N].
 
-    backward: dy [..., N] -> dx, dweight, dlora_a, dlora_b, dbias, dgate of their inputs' shapes and dtypes, each
-    only where it is asked for. Saved: x, weight, the adapters, the gate, h [M, R] and the seed.
+    backward: dy [..., N] -> dx, dweight, dlora_a, dlora_b, dbias, dgate of their inputs' shapes and
+    dtypes, each only where it is asked for. Saved: x, weight, the adapters, the gate, h [M, R] and
+    the seed.
     """
 
     @staticmethod
@@ -276,7 +295,8 @@ def _prepare(
             check.check_adapter_dtype(op, name, t, x)
 
     if isinstance(scale, Tensor):
-        # A scale that lives on the device goes into the gate, so that its value is never read by the host.
+        # A scale that lives on the device goes into the gate, so that its value is never read by
+        # the host.
         gate = (x.new_ones(R, dtype=torch.float32) if gate is None else gate) * scale.to(x.device)
         scale = 1.0
     dropping = training and dropout_p > 0
@@ -307,27 +327,29 @@ def lora_linear(
 
     LoRA (arXiv 2106.09685); with a gate SoRA (arXiv 2311.11696).
 
-    Shapes: x [..., K] of any strides, weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], gate [R];
-    returns [..., N]. Any size, any rank of at least 1.
+    Shapes: x [..., K] of any strides, weight [N, K], lora_a [R, K], lora_b [N, R], bias [N], gate
+    [R]; returns [..., N]. Any size, any rank of at least 1.
 
-    Dtypes: float32, bfloat16, float16 (and float64 with backend="torch"). weight and bias have x's dtype.
-    lora_a, lora_b and gate have it or are float32 masters: products are made in x's dtype, sums in fp32, and
-    a master's gradient comes back in float32. Autocast is followed as F.linear does; the gate stays fp32.
+    Dtypes: float32, bfloat16, float16 (and float64 with backend="torch"). weight and bias have x's
+    dtype. lora_a, lora_b and gate have it or are float32 masters: products are made in x's dtype,
+    sums in fp32, and a master's gradient comes back in float32. Autocast is followed as F.linear
+    does; the gate stays fp32.
 
-    scale is a number or a 0-d tensor (whose gradient exists and whose value the host never reads). dropout_p
-    acts on the input of A alone, in training; its mask is a function of the seed and the position
-    (Philox4x32-7), recomputed in the backward and the same in every backend. seed: an int or an int64 tensor
-    of one element on x's device; None draws one from torch's generator. p = 1 gives the base layer.
+    scale is a number or a 0-d tensor (whose gradient exists and whose value the host never reads).
+    dropout_p acts on the input of A alone, in training; its mask is a function of the seed and the
+    position (Philox4x32-7), recomputed in the backward and the same in every backend. seed: an int
+    or an int64 tensor of one element on x's device; None draws one from torch's generator. p = 1
+    gives the base layer.
 
     backend: "cuda", "triton" or "torch" runs there or raises; None takes the best that is proved
     (see fused_lora.why).
 
-    Gradients: x, weight, lora_a, lora_b, bias, gate, whichever require it; once differentiable. Saved for them
-    are x, the adapters, h [M, R] and the seed.
+    Gradients: x, weight, lora_a, lora_b, bias, gate, whichever require it; once differentiable.
+    Saved for them are x, the adapters, h [M, R] and the seed.
 
-    Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, dropout_p, seed, backend),
-    NotImplementedError (tensor subclass, sparse layout, forward-mode AD), RuntimeError (a backend that was
-    asked for and cannot run, with the reason).
+    Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, dropout_p,
+    seed, backend), NotImplementedError (tensor subclass, sparse layout, forward-mode AD),
+    RuntimeError (a backend that was asked for and cannot run, with the reason).
     """
     backend = dispatch.choose(backend)
     args = _prepare(

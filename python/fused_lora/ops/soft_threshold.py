@@ -22,7 +22,9 @@ torch.library.register_fake("fused_lora::soft_threshold_", lambda gates, xi: Non
 
 @torch.library.impl(_library, "soft_threshold_", "CompositeExplicitAutograd")
 def _soft_threshold_foreach(gates: list[Tensor], xi: float) -> None:
-    """On any device; once loaded, the extension's kernel takes its place on CUDA."""
+    """On any device; loading the extension puts its kernel in this place on CUDA."""
+    if gates[0].is_cuda and _extension.why_missing() is None:
+        return torch.ops.fused_lora.soft_threshold_(gates, xi)
     # Half precision is computed in fp32.
     wide = [g.float() if g.itemsize == 2 else g for g in gates]
     removed = torch._foreach_clamp_min(wide, -xi)
@@ -31,11 +33,6 @@ def _soft_threshold_foreach(gates: list[Tensor], xi: float) -> None:
     for gate, result in zip(gates, wide, strict=True):
         if result is not gate:
             gate.copy_(result)
-
-
-@torch.compiler.assume_constant_result
-def _load_kernel() -> bool:
-    return _extension.why_missing() is None
 
 
 def _check(gates, xi) -> list[Tensor]:
@@ -92,9 +89,7 @@ def soft_threshold_(gates: Gates, xi: float) -> Gates:
     by_device: dict[torch.device, list[Tensor]] = {}
     for gate in _check(gates, xi):
         by_device.setdefault(gate.device, []).append(gate)
-    for device, group in by_device.items():
-        if device.type == "cuda":
-            _load_kernel()
+    for group in by_device.values():
         dense = [gate if gate.is_contiguous() else gate.contiguous() for gate in group]
         torch.ops.fused_lora.soft_threshold_(dense, xi)
         for gate, result in zip(group, dense, strict=True):

@@ -30,7 +30,7 @@ def check_tensor(op: str, name: str, value, dtypes=DTYPES) -> None:
             f"{op}: {name} is a {type(value).__name__}; tensor subclasses are not supported, "
             f"pass a plain torch.Tensor"
         )
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise NotImplementedError(
             f"{op}: {name} has layout {value.layout}; dense (strided) tensors are supported"
         )
@@ -44,15 +44,14 @@ def check_tensor(op: str, name: str, value, dtypes=DTYPES) -> None:
 
 
 def check_shape(op: str, name: str, value: Tensor, wanted: tuple, spelled: str) -> None:
-    """value.shape == wanted, where None stands for any size; `spelled` is the shape in symbols."""
-    fits = value.ndim == len(wanted) and all(
-        w is None or n == w for n, w in zip(value.shape, wanted, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("any" if w is None else str(w) for w in wanted)
-        raise ValueError(
-            f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(value.shape)}"
-        )
+    """value.shape == wanted; None in front stands for any size. `spelled` has it in symbols."""
+    shape = value.shape
+    if shape == wanted or (
+        wanted[0] is None and len(shape) == len(wanted) and shape[1:] == wanted[1:]
+    ):
+        return
+    sizes = ", ".join("any" if w is None else str(w) for w in wanted)
+    raise ValueError(f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(shape)}")
 
 
 def check_device(op: str, name: str, value: Tensor, x: Tensor) -> None:
@@ -74,8 +73,8 @@ def check_scale(op: str, scale) -> None:
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
-                f"{op}: scale must be a float or a 0-d floating tensor, got a {names([scale.dtype])} "
-                f"tensor of shape {list(scale.shape)}"
+                f"{op}: scale must be a float or a 0-d floating tensor, got a "
+                f"{names([scale.dtype])} tensor of shape {list(scale.shape)}"
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float or a 0-d tensor, got {type(scale).__name__}")

@@ -1,0 +1,1 @@
+"""The microbenchmarks: `make bench`."""

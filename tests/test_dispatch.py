@@ -1,0 +1,113 @@
+"""Which backend runs, why the others do not, and that nothing falls back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import fused_lora as fl
+from fused_lora.ops import dispatch
+
+
+def arguments():
+    put = {"device": DEVICE}
+    return [torch.randn(*shape, **put) for shape in ((4, 6), (5, 6), (2, 6), (5, 2))]
+
+
+def test_why_names_every_backend_chosen_first():
+    reasons = fl.why("lora_linear", *arguments(), scale=1.0)
+    assert next(iter(reasons)) == "torch" and set(reasons) == {"torch", "triton", "cuda"}
+    assert reasons["torch"] is None
+    assert reasons["cuda"] == "lora_linear has no CUDA C++ kernel; use backend='triton' or 'torch'"
+    with fl.use_backend("triton"):
+        assert next(iter(fl.why("lora_linear", *arguments(), scale=1.0))) == "triton"
+    assert next(iter(fl.why("lora_linear", *arguments(), scale=1.0, backend="cuda"))) == "cuda"
+
+
+def test_why_agrees_with_the_call():
+    args = arguments()
+    for backend, reason in fl.why("lora_linear", *args, scale=1.0).items():
+        if reason is None:
+            fl.lora_linear(*args, scale=1.0, backend=backend)
+        else:
+            with pytest.raises(RuntimeError) as raised:
+                fl.lora_linear(*args, scale=1.0, backend=backend)
+            assert str(raised.value) == f"lora_linear: backend {backend!r} cannot run: {reason}"
+
+
+def test_why_of_an_unknown_op():
+    with pytest.raises(ValueError, match="op must be one of lora_linear"):
+        fl.why("lora_conv")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the reason is that x is on the CPU")
+def test_triton_without_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    reason = fl.why("lora_linear", *arguments(), scale=1.0)["triton"]
+    assert reason == "x is on cpu; the Triton kernels run on CUDA devices"
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: x is on cpu"):
+        fl.lora_linear(*arguments(), scale=1.0, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs on the CPU")
+def test_interpreted_bfloat16_is_refused():
+    args = [t.bfloat16() for t in arguments()]
+    reason = fl.why("lora_linear", *args, scale=1.0)["triton"]
+    assert reason == "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
+
+
+def test_use_backend_nests_and_restores(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dispatch, "require", lambda op, backend, refusals, x: seen.append(backend))
+    call = lambda **kw: fl.lora_linear(*arguments(), scale=1.0, **kw)  # noqa: E731
+    call()
+    with fl.use_backend("triton"):
+        call()
+        with fl.use_backend("torch"):
+            call()
+        call(backend="torch")
+        with fl.use_backend(None):
+            call()
+    with pytest.raises(ZeroDivisionError), fl.use_backend("triton"):
+        raise ZeroDivisionError
+    call()
+    assert seen == ["torch", "triton", "torch", "torch", "torch", "torch"]
+    names = "backend must be one of cuda, triton, torch or None, got 'gpu'"
+    with pytest.raises(ValueError, match=names), fl.use_backend("gpu"):
+        pass
+
+
+def test_backward_runs_where_the_forward_did(monkeypatch):
+    x, weight, a, b = arguments()
+    a.requires_grad_()
+    with fl.use_backend("triton"):
+        y = fl.lora_linear(x, weight, a, b, scale=1.0)
+    seen = []
+    monkeypatch.setattr(dispatch, "require", lambda op, backend, refusals, x: seen.append(backend))
+    y.sum().backward()
+    assert seen == ["triton"]
+
+
+def test_backends_of_this_machine():
+    reasons = fl.backends()
+    assert next(iter(reasons)) == "torch" and set(reasons) == {"torch", "triton", "cuda"}
+    assert all(reason is None or isinstance(reason, str) for reason in reasons.values())
+
+
+@pytest.mark.parametrize("value,ok", [("triton", True), ("", True), ("gpu", False)])
+def test_environment_variable(value, ok):
+    code = "import fused_lora.ops.dispatch as d; print(d.choose(None))"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FUSED_LORA_BACKEND": value},
+        capture_output=True,
+        text=True,
+    )
+    if ok:
+        assert out.stdout.strip() == (value or "torch")
+    else:
+        message = "FUSED_LORA_BACKEND must be one of cuda, triton, torch or None, got 'gpu'"
+        assert message in out.stderr
