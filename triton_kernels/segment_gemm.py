@@ -37,15 +37,17 @@ def accumulate(
     mask_m,
     mask_n,
     K,
+    ALIGN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """acc + L R^T over the K columns of one segment."""
+    end = tl.multiple_of(tl.cast(K, tl.int64), ALIGN_K)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     lhs_ptrs = lhs_ptr + offs_m[:, None] * stride_lhs[0] + offs_k[None, :] * stride_lhs[1]
     rhs_ptrs = rhs_ptr + offs_n[None, :] * stride_rhs[0] + offs_k[:, None] * stride_rhs[1]
     for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
+        mask_k = offs_k < end - k
         lhs = tl.load(lhs_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         rhs = tl.load(rhs_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(lhs, rhs, acc, input_precision=INPUT_PRECISION)
@@ -67,6 +69,7 @@ def segment_gemm_kernel(
     N,
     Ks,
     keep_scale,
+    ALIGN_KS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_KS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,6 +96,7 @@ def segment_gemm_kernel(
             mask_m,
             mask_n,
             Ks[i],
+            ALIGN_KS[i],
             BLOCK_KS[i],
             INPUT_PRECISION,
         )
@@ -139,8 +143,9 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None):
             tuple(exact(t.stride()) for t in rhs),
             M,
             N,
-            exact(tuple(t.shape[1] for t in lhs)),
+            tuple(t.shape[1] for t in lhs),
             keep_scale,
+            ALIGN_KS=tuple(8 if t.shape[1] % 8 == 0 else 1 for t in lhs),
             MASKED=masked,
             # A rank is one K step, no wider than it needs to be.
             BLOCK_KS=tuple(configs.block_of(t.shape[1], block_k) for t in lhs),

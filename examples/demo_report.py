@@ -1,0 +1,151 @@
+"""How the demo shows its results: tables in the terminal and in demo.md, a figure in demo.png."""
+
+import math
+from pathlib import Path
+
+from demo_base import KINDS
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+FULL, NAIVE, SORA = "full fine-tuning", "LoRA, naive", "SoRA, fused_lora"
+REVERSED = "LoRA, naive, rows reversed"
+INK, GRID = "#22303c", "#e3e8ec"
+COLORS = {FULL: "#6a4c93", NAIVE: "#f4b860", SORA: "#2a9d8f"}
+COLOR_OF_OURS = "#d1495b"
+
+
+def ours(backend: str) -> str:
+    return f"LoRA, fused_lora ({backend})"
+
+
+def in_bytes(n: float) -> str:
+    """Three digits and a unit."""
+    power = min(3, int(math.log10(max(n, 1)) // 3))
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def method_table(results: dict) -> list[list[str]]:
+    header = ["", "bits/byte", "trainable", "gradients", "optimiser state", "tokens/s"]
+    rows = [["base, not adapted", f"{results['base']['prose']:.4f}", "0", "0 B", "0 B", ""]]
+    for name, m in results["methods"].items():
+        memory = in_bytes(m["gradient_bytes"]), in_bytes(m["optimizer_bytes"])
+        speed = f"{m['tokens_per_s']:,.0f}"
+        rows.append([name, f"{m['after']:.4f}", f"{m['trainable']:,}", *memory, speed])
+    peaks = [m["peak_bytes"] for m in results["methods"].values()]
+    if any(peaks):
+        header.append("peak above the model")
+        for row, peak in zip(rows, [0, *peaks], strict=True):
+            row.append(in_bytes(peak) if peak else "")
+    return [header, *rows]
+
+
+def tables(results: dict) -> dict[str, list[list[str]]]:
+    ranks, full = results["kept_ranks"], 2 * results["rank"]
+    total = sum(map(sum, ranks)) / (full * len(KINDS) * len(ranks))
+    means = [f"{sum(column) / len(ranks):.1f}" for column in zip(*ranks, strict=True)]
+    checks = [
+        [c["what"], f"{c['measured']:.3g}", f"{c['bound']:.3g}", "yes" if c["holds"] else "NO"]
+        for c in results["checks"]
+    ]
+    tasks = [[name, *(f"{bits:.4f}" for bits in row)] for name, *row in results["tasks"][1:]]
+    times = [[phase, f"{t:.1f}"] for phase, t in results["seconds"].items()]
+    return {
+        "Held-out prose after adapting": method_table(results),
+        f"Mean rank of {full} that SoRA keeps, {total:.0%} of all": [["", *KINDS], ["", *means]],
+        "Checks": [["largest difference", "measured", "at most", "holds"], *checks],
+        "Bits per byte of one merged model, its adapters swapped in place in "
+        f"{results['swap_ms']:.2f} ms": [results["tasks"][0], *tasks],
+        "Time": [["phase", "seconds"], *times],
+    }
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def terminal(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def plot_curves(axes: Axes, curves: dict[str, list]) -> None:
+    for name, points in curves.items():
+        naive, fused = name == NAIVE, name not in COLORS
+        axes.plot(
+            *zip(*points, strict=True),
+            label=name,
+            color=COLORS.get(name, COLOR_OF_OURS),
+            linewidth=7 if naive else 2,
+            linestyle="--" if fused else "-",
+            zorder=2 if naive else 3,
+        )
+    last, before = points[-1][0], points[0][1]
+    axes.axhline(before, color=INK, linewidth=1, linestyle=":")
+    axes.annotate("base, not adapted", (last, before), (0, -5), ha="right", va="top",
+                  textcoords="offset points", color=INK)  # fmt: skip
+    axes.set_title("Held-out prose while adapting")
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(color=GRID)
+    axes.legend(frameon=False)
+
+
+def plot_memory(axes: Axes, methods: dict[str, dict]) -> None:
+    parts = {
+        "trained weights": "trainable_bytes",
+        "gradients": "gradient_bytes",
+        "optimiser state": "optimizer_bytes",
+    }
+    for i, (name, m) in enumerate(methods.items()):
+        places = [group + 0.29 * (i - 1) for group in range(len(parts))]
+        sizes = [m[key] for key in parts.values()]
+        color = COLORS.get(name, COLOR_OF_OURS)
+        bars = axes.bar(places, sizes, width=0.27, color=color, label=name)
+        axes.bar_label(bars, [in_bytes(n) for n in sizes], padding=2, fontsize=8, color=INK)
+    axes.set_yscale("log")
+    axes.set_ylim(top=axes.get_ylim()[1] * 4)
+    axes.set_xticks(range(len(parts)), parts)
+    axes.set_title("What training holds beside the frozen model")
+    axes.set(ylabel="bytes, log scale")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def plot_ranks(axes: Axes, ranks: list[list[int]], full: int) -> None:
+    axes.imshow(ranks, cmap="GnBu", vmin=0, vmax=full, aspect="auto")
+    for i, row in enumerate(ranks):
+        for j, rank in enumerate(row):
+            color = "white" if rank > 0.6 * full else INK
+            axes.text(j, i, rank, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(KINDS)), KINDS)
+    axes.set_yticks(range(len(ranks)))
+    axes.set_title(f"Rank that SoRA keeps, of {full}")
+    axes.set(xlabel="layer", ylabel="block")
+    axes.tick_params(length=0)
+
+
+def write(results: dict, folder: Path, console: Console) -> None:
+    """Prints the tables and writes demo.md and demo.png."""
+    text = ["# Adapting a language model", results["title"]]
+    console.print(results["title"])
+    for title, rows in tables(results).items():
+        text += [f"## {title}", markdown(rows)]
+        console.print(terminal(title, rows))
+    (folder / "demo.md").write_text("\n\n".join(text) + "\n")
+
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    curves, memory, ranks = figure.subplots(1, 3, width_ratios=(1.3, 1.2, 1))
+    fused = next(name for name in results["curves"] if name not in COLORS)
+    plot_curves(curves, results["curves"])
+    plot_memory(memory, {name: results["methods"][name] for name in (FULL, fused, SORA)})
+    plot_ranks(ranks, results["kept_ranks"], 2 * results["rank"])
+    for axes in figure.axes:
+        axes.spines[:].set_visible(False)
+    figure.suptitle(results["title"], color=INK)
+    figure.savefig(folder / "demo.png", dpi=150)
+    console.print(f"{folder / 'demo.png'}, demo.md and demo.json are written")

@@ -1,0 +1,105 @@
+"""One test, run against a copy of the package in which a fault has been planted.
+
+Every run is a process of its own, forked from a server that has torch and Triton loaded and nothing of fused_lora.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import Phase, settings
+
+PASSED, CAUGHT = "passed", "an assertion failed"
+_TESTS = Path(__file__).parent
+_TIMEOUT = 240  # seconds
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "triton", "pytest", "hypothesis"])
+
+
+class Fault(NamedTuple):
+    """`old`, which occurs exactly once in `file`, becomes `new`, and `test` must fail by an assertion."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def copy_package(package: Path, kernels: Path, to: Path, fault: Fault | None = None) -> Path:
+    """Lay the sources out as installed, fused_lora/triton_kernels included, with the fault in them."""
+    shutil.copytree(
+        package, to / "fused_lora", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
+    shutil.copytree(
+        kernels,
+        to / "fused_lora" / "triton_kernels",
+        ignore=shutil.ignore_patterns("__pycache__"),
+        dirs_exist_ok=True,
+    )
+    if fault is not None:
+        path = to / "fused_lora" / fault.file
+        source = path.read_text()
+        assert source.count(fault.old) == 1, (
+            f"{fault.file} holds this {source.count(fault.old)} times and not once; plant the fault "
+            f"elsewhere:\n{fault.old}"
+        )
+        path.write_text(source.replace(fault.old, fault.new))
+    return to
+
+
+class _Outcomes(dict):
+    """A pytest plugin: {test: what became of it}."""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.skipped:
+            self.setdefault(report.nodeid, report.outcome)
+
+    def pytest_exception_interact(self, node, call) -> None:
+        kinds = AssertionError, pytest.fail.Exception
+        by_assertion = call.when == "call" and isinstance(call.excinfo.value, kinds)
+        self[node.nodeid] = CAUGHT if by_assertion else f"{call.when}: {call.excinfo.exconly()}"
+
+
+def _run_tests(source: Path, tests: list[str], sender) -> None:
+    log = os.open(source / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    # Before the finder of an editable install, which knows fused_lora as well.
+    sys.path.insert(0, str(source))
+    sys.meta_path.insert(0, PathFinder)
+    # The first failure is enough, and the same cases are drawn in every run.
+    settings.register_profile(
+        "faults",
+        database=None,
+        phases=(Phase.explicit, Phase.generate),
+        report_multiple_bugs=False,
+    )
+    settings.load_profile("faults")
+    outcomes = _Outcomes()
+    options = "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-W", "ignore"
+    pytest.main([*options, *(str(_TESTS / test) for test in tests)], plugins=[outcomes])
+    files = {m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "fused_lora"}
+    strangers = sorted(f for f in files if not Path(f).is_relative_to(source))
+    assert files and not strangers, f"imported from elsewhere: {strangers}"
+    sender.send(dict(outcomes))
+
+
+def run_tests(source: Path, tests: list[str]) -> tuple[list[str], str]:
+    """(what became of each test, the end of what it printed) with the package imported from `source`."""
+    receiver, sender = _server.Pipe(duplex=False)
+    process = _server.Process(target=_run_tests, args=(source, tests, sender))
+    process.start()
+    sender.close()
+    try:
+        finished = receiver.poll(_TIMEOUT)
+        outcomes = receiver.recv() if finished else {"": f"not finished in {_TIMEOUT} s"}
+    except EOFError:
+        outcomes = {"": "died"}
+    process.kill() if not finished else process.join()
+    return list(outcomes.values()), (source / "log").read_text(errors="replace")[-6000:]

@@ -1,0 +1,35 @@
+"""The snippets of the README run, and say what it says they say."""
+
+import ast
+import re
+from pathlib import Path
+
+import torch
+
+import fused_lora as fl
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_quickstart():
+    code = re.search(r"## Quickstart\n\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    model = names["model"]
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, fl.nn.LoRALinear))
+
+
+def test_what_the_readme_says_of_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = ast.literal_eval(
+        re.search(r">>> fl\.why.*?\n(\{.*?\})\n```", README, re.DOTALL).group(1)
+    )
+    x, weight, lora_a, lora_b = (torch.randn(s) for s in ((4, 6), (5, 6), (2, 6), (5, 2)))
+    reasons = fl.why("lora_linear", x, weight, lora_a, lora_b, scale=2.0)
+    assert reasons == said and next(iter(reasons)) == next(iter(said))
+
+
+def test_every_public_name_has_a_docstring():
+    for name in fl.__all__:
+        assert getattr(fl, name).__doc__, name
