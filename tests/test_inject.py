@@ -94,6 +94,7 @@ SELECTIONS = {
     "an excluded suffix": {"target_modules": r"layers.*_proj", "exclude_modules": ["attn.q_proj"]},
     "an excluding regex": {"target_modules": ["v_proj"], "exclude_modules": r"layers\.1\..*"},
     "saved modules": {"target_modules": "all-linear", "modules_to_save": ["lm_head", "layers.1"]},
+    "saved, not adapted": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
     "a saved container": {"target_modules": ["q_proj"], "modules_to_save": ["attn"]},
     "ranks by name": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}},
     "ranks by suffix": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"attn.q_proj": 3}},
@@ -295,6 +296,12 @@ def test_a_shared_module_is_found_by_its_second_name_and_excluded_by_any():
     model.extra = model.q_proj
     inject(model, LoRAConfig(target_modules=["extra"], rank_pattern={"extra": 2}))
     assert model.q_proj is model.extra and model.q_proj.r == 2
+    model = build()
+    model.extra = model.q_proj
+    ranks = {"q_proj": 3, "extra": 2}
+    with pytest.warns(UserWarning, match="rank_pattern: 'extra' matches no module"):
+        inject(model, LoRAConfig(target_modules=["q_proj", "extra"], rank_pattern=ranks))
+    assert model.q_proj is model.extra and model.q_proj.r == 3
     model = build()
     model.extra = model.q_proj
     inject(model, LoRAConfig(target_modules=["q_proj"], exclude_modules=["extra"]))

@@ -117,6 +117,18 @@ def test_leading_dimensions(backend, lead, layout):
 
 
 @backends
+@pytest.mark.parametrize("layout", ["transposed", "step2", "expanded", "misaligned"])
+def test_strided_parameters(backend, layout):
+    x, _, _, _, bias, gate = make(33, 40, 50, 7)
+    weight, a, b = (
+        guarded(s, layout, device=DEVICE, std=0.2) for s in ((50, 40), (7, 40), (50, 7))
+    )
+    tensors = leaves((x, weight, a, b, bias, gate))
+    dy = guarded((33, 50), device=DEVICE)
+    check_against_fp64(tensors, dy, backend, dropout_p=0.3, seed=5)
+
+
+@backends
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=6))[1:], ids=str)
 def test_only_the_gradients_asked_for(backend, needs, monkeypatch):
     """Any subset of gradients is the same as in the full set, and no other is computed."""

@@ -91,6 +91,7 @@ def test_half_precision_with_and_without_fp32_masters(cls, dtype, masters):
     layer = make(cls, dtype, adapter_dtype=torch.float32 if masters else None)
     adapter = torch.float32 if masters else dtype
     assert layer.lora_a.dtype == layer.lora_b.dtype == adapter
+    assert layer.gate is None or layer.gate.dtype == torch.float32
     x, dy = inputs(33, K, dtype=dtype, grad=True), inputs(33, N, dtype=dtype)
 
     def plain(x, dy, weight, bias, lora_a, lora_b, gate=None):
@@ -377,11 +378,14 @@ def test_the_gate_stays_fp32(convert):
 
 
 @pytest.mark.parametrize("keep_base", ("cpu", "device"))
-def test_a_kept_base_follows_the_dtype(keep_base):
+def test_a_kept_base_follows_the_weight(keep_base):
     layer = make()
     want = layer.weight.detach().bfloat16()
     layer.merge(keep_base)
     layer.bfloat16()
+    assert layer._base.dtype == torch.bfloat16
+    gone = copy.deepcopy(layer).to("meta")
+    assert gone._base.device.type == ("cpu" if keep_base == "cpu" else "meta")
     layer.unmerge()
     assert torch.equal(layer.weight, want)
 

@@ -110,6 +110,7 @@ def test_groups_of_gates_have_their_own_values():
     groups = [{"params": gates[:1], "sparsity": 0.0}, {"params": gates[1:], "lr": 0.01}]
     optimizer = SoRA(torch.optim.SGD(rest, lr=1.0), groups, lr=0.1, sparsity=0.5)
     assert set(groups[0]) == {"params", "sparsity"}
+    assert [g["params"] for g in optimizer.state_dict()["param_groups"]] == [[0], [1], [2]]
     fill_gradients(rest + gates, 0)
     want = [gates[0].detach() - 0.1 * gates[0].grad]
     want += [prox(gates[1].detach() - 0.01 * gates[1].grad, 0.005)]

@@ -184,9 +184,9 @@ def inject(
     """Give the layers that `config` names an adapter, in place, and freeze everything else.
 
     Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate) that shares its
-    weight and bias. A module that occurs at several places of the model is replaced once and put at
-    all of them. Then only adapters, and what config.bias and config.modules_to_save name, require a
-    gradient.
+    weight and bias. A module that occurs at several places of the model is replaced once, under the
+    first of its names that matches unless any is excluded, and put at all of them. Then only
+    adapters, and what config.bias and config.modules_to_save name, require a gradient.
 
     adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters.
 
@@ -241,10 +241,7 @@ def inject(
     model.requires_grad_(False)
     new = {id(m): _adapted(m, name, config, adapter_dtype) for name, m in targets.items()}
     for name, module in names.items():
-        # A module inside one that is copied goes with it.
-        inside = name.rpartition(".")[0]
-        saved = config.modules_to_save or []
-        if _matches(saved, name) and not _lies_in(saved, inside) and id(module) not in new:
+        if _matches(config.modules_to_save or [], name) and id(module) not in new:
             new[id(module)] = copy.deepcopy(module).requires_grad_(True)
     for name, module in names.items():
         if id(module) in new:
@@ -262,7 +259,7 @@ def inject(
         for layer in model.modules():
             if isinstance(layer, LoRALinear) and layer.bias is not None:
                 layer.bias.requires_grad_(True)
-    model.fused_lora_config = copy.deepcopy(config)
+    model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
 
 
