@@ -1,4 +1,4 @@
-# Every target sets up what it needs. The environment is private, in .venv; PYTHON chooses what it is made from.
+# Every target sets up what it needs, in an environment of its own, .venv, made from PYTHON.
 PYTHON ?= python3
 VENV := .venv/bin/python
 PYTEST = $(VENV) -m pytest

@@ -216,7 +216,7 @@ setup(
         KERNELS,
         *(f"{KERNELS}.{p}" for p in find_packages("triton_kernels")),
     ],
-    package_data={"fused_lora": ["py.typed"], KERNELS: ["tuning/*.json"]},
+    package_data={KERNELS: ["tuning/*.json"]},
     ext_modules=[Extension("fused_lora._C", SOURCES, py_limited_api=True)] if TOOLS else [],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}} if TOOLS else {},

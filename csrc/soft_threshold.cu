@@ -1,4 +1,4 @@
-// fused_lora::soft_threshold_(Tensor(a!)[] gates, float xi) -> (), which ops/soft_threshold.py
+// fused_lora::soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> (), which ops/soft_threshold.py
 // declares.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -66,7 +66,7 @@ void soft_threshold_host(Gates gates, double xi) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
-  m.impl("soft_threshold_", TORCH_BOX(&soft_threshold_cuda));
+  m.impl("soft_threshold_cuda_", TORCH_BOX(&soft_threshold_cuda));
 }
 
 // For the tests only.

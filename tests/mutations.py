@@ -1,6 +1,7 @@
 """One test, run against a copy of the package in which a fault has been planted.
 
-Every run is a process of its own, forked from a server that has torch and Triton loaded and nothing of fused_lora.
+Every run is a process of its own, forked from a server that has loaded torch and Triton but nothing
+of fused_lora.
 """
 
 import multiprocessing
@@ -18,11 +19,14 @@ PASSED, CAUGHT = "passed", "an assertion failed"
 _TESTS = Path(__file__).parent
 _TIMEOUT = 240  # seconds
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "triton", "pytest", "hypothesis"])
+# torch loads its inductor, for 2 seconds, when deterministic algorithms are asked for.
+_server.set_forkserver_preload(
+    ["torch._inductor", "torch.utils.checkpoint", "triton", "pytest", "hypothesis"]
+)
 
 
 class Fault(NamedTuple):
-    """`old`, which occurs exactly once in `file`, becomes `new`, and `test` must fail by an assertion."""
+    """`old`, which `file` holds exactly once, becomes `new`; then `test` must fail by an assertion."""
 
     file: str
     old: str
@@ -31,7 +35,7 @@ class Fault(NamedTuple):
 
 
 def copy_package(package: Path, kernels: Path, to: Path, fault: Fault | None = None) -> Path:
-    """Lay the sources out as installed, fused_lora/triton_kernels included, with the fault in them."""
+    """Lay the sources out as they are installed, with the fault in them."""
     shutil.copytree(
         package, to / "fused_lora", ignore=shutil.ignore_patterns("__pycache__", "*.so")
     )
@@ -45,8 +49,8 @@ def copy_package(package: Path, kernels: Path, to: Path, fault: Fault | None = N
         path = to / "fused_lora" / fault.file
         source = path.read_text()
         assert source.count(fault.old) == 1, (
-            f"{fault.file} holds this {source.count(fault.old)} times and not once; plant the fault "
-            f"elsewhere:\n{fault.old}"
+            f"{fault.file} holds {source.count(fault.old)} times, not once, what a fault replaces: "
+            f"{fault.old!r}"
         )
         path.write_text(source.replace(fault.old, fault.new))
     return to
@@ -87,19 +91,19 @@ def _run_tests(source: Path, tests: list[str], sender) -> None:
     files = {m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "fused_lora"}
     strangers = sorted(f for f in files if not Path(f).is_relative_to(source))
     assert files and not strangers, f"imported from elsewhere: {strangers}"
+    sys.stdout.flush()
     sender.send(dict(outcomes))
 
 
 def run_tests(source: Path, tests: list[str]) -> tuple[list[str], str]:
-    """(what became of each test, the end of what it printed) with the package imported from `source`."""
+    """(what became of each test, the end of what they printed), with the package from `source`."""
     receiver, sender = _server.Pipe(duplex=False)
     process = _server.Process(target=_run_tests, args=(source, tests, sender))
     process.start()
     sender.close()
     try:
-        finished = receiver.poll(_TIMEOUT)
-        outcomes = receiver.recv() if finished else {"": f"not finished in {_TIMEOUT} s"}
+        outcomes = receiver.recv() if receiver.poll(_TIMEOUT) else {"": f"ran past {_TIMEOUT} s"}
     except EOFError:
-        outcomes = {"": "died"}
-    process.kill() if not finished else process.join()
+        outcomes = {"": "the process died"}
+    process.kill()
     return list(outcomes.values()), (source / "log").read_text(errors="replace")[-6000:]

@@ -1,13 +1,13 @@
-"""The suite is tested: each fault planted in a copy of the package must fail the test that is named beside it."""
+"""The test of the suite: a fault planted in a copy of the package fails the test named beside it."""
 
 from pathlib import Path
 
+import fused_lora.triton_kernels
 import pytest
 from conftest import DEVICE
 from mutations import CAUGHT, PASSED, Fault, copy_package, run_tests
 
 import fused_lora
-import fused_lora.triton_kernels
 
 PACKAGE = Path(fused_lora.__file__).parent
 KERNELS = Path(fused_lora.triton_kernels.__file__).parent
@@ -26,10 +26,534 @@ CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
 
-# test_lora_linear.py
-ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"  # bias, gate, p = 0.3
+# All six tensors, with dropout and without.
+ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
+MASTERS = "test_lora_linear.py::test_fp32_masters[dtype0-0.0-{}]"
 MASKS = "test_lora_linear.py::test_one_mask_in_forward_da_and_dx[0.5-{}]"
-SUBSETS = "test_lora_linear.py::test_only_the_gradients_asked_for[{}-{}]"
-MASTERS = "test_lora_linear.py::test_fp32_masters[dtype0-0.0-{}]"  # float16, gate, p = 0
+SUBSET = "test_lora_linear.py::test_only_the_gradients_asked_for[({})-{}]"
+EDGE = "test_regressions.py::{}"
 
-FAULTS = {}
+# The name says what is wrong.
+FAULTS = {
+    # The mask.
+    "kernel: 6 rounds of Philox": Fault(
+        DROPOUT,
+        "zero, zero, 7)",
+        "zero, zero, 6)",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+    ),
+    "kernel: two words of Philox swapped": Fault(
+        DROPOUT,
+        "w0, w1, w2, w3 = tl.philox",
+        "w1, w0, w2, w3 = tl.philox",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+    ),
+    "kernel: high halves before low halves": Fault(
+        DROPOUT,
+        "bits = ((w0 & 0xFFFF) >= t).to(tl.int32) | ((w0 >> 16) >= t).to(tl.int32) << 1",
+        "bits = ((w0 >> 16) >= t).to(tl.int32) | ((w0 & 0xFFFF) >= t).to(tl.int32) << 1",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+    ),
+    "kernel: a lane at the threshold is dropped": Fault(
+        DROPOUT,
+        "((w2 & 0xFFFF) >= t)",
+        "((w2 & 0xFFFF) > t)",
+        EDGE.format("test_a_lane_at_the_threshold_is_kept[4]"),
+    ),
+    "kernel: the counter has 32 bits": Fault(
+        DROPOUT,
+        "high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)",
+        "high = (counter & 0).to(tl.uint32)",
+        EDGE.format("test_kernel_counters_are_64_bits[m=2147483653]"),
+    ),
+    "kernel: bits expanded from the top": Fault(
+        DROPOUT,
+        ">> tl.arange(0, 8)[None, None, :]",
+        ">> (7 - tl.arange(0, 8))[None, None, :]",
+        MASKS.format("triton"),
+    ),
+    "reference: 6 rounds of Philox": Fault(
+        REFERENCE,
+        "PHILOX_ROUNDS = 7",
+        "PHILOX_ROUNDS = 6",
+        "test_dropout.py::test_philox_known_answer",
+    ),
+    "reference: two words of Philox swapped": Fault(
+        REFERENCE,
+        "return c0, c1, c2, c3",
+        "return c1, c0, c2, c3",
+        "test_dropout.py::test_lanes[seed=42]",
+    ),
+    "reference: counters of K // 8 calls a row": Fault(
+        REFERENCE,
+        "calls = (K + 7) // 8",
+        "calls = max(K // 8, 1)",
+        "test_dropout.py::test_lanes[seed=1234567]",
+    ),
+    "reference: a lane at the threshold is dropped": Fault(
+        REFERENCE,
+        "return dropout_lanes(seed, rows, K) >= dropout_threshold(p)",
+        "return dropout_lanes(seed, rows, K) > dropout_threshold(p)",
+        EDGE.format("test_a_lane_at_the_threshold_is_kept[0]"),
+    ),
+    "reference: the threshold is rounded down": Fault(
+        REFERENCE,
+        "return round(65536 * p)",
+        "return int(65536 * p)",
+        EDGE.format("test_the_threshold_is_rounded_to_nearest[0.1-6554]"),
+    ),
+    "reference: kept values are not scaled up": Fault(
+        REFERENCE,
+        "return 1.0 / (1.0 - p) if p < 1 else 0.0",
+        "return 1.0 if p < 1 else 0.0",
+        "test_reference.py::test_dropout_masks_the_input_of_a_alone[0.3]",
+    ),
+    # h and t.
+    "shrink: another counter stride": Fault(
+        SHRINK,
+        "keep_bits(seed, offs_m, offs_call, tl.cdiv(K, 8), threshold)",
+        "keep_bits(seed, offs_m, offs_call, K // 8, threshold)",
+        MASKS.format("triton"),
+    ),
+    "shrink: the mask does not move with k": Fault(
+        SHRINK,
+        "offs_call += BLOCK_K // 8",
+        "offs_call += 0",
+        EDGE.format("test_the_mask_moves_with_the_steps_of_a_split"),
+    ),
+    "shrink: dropped values multiplied by zero": Fault(
+        SHRINK,
+        "x = tl.where(expand_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)",
+        "x *= expand_bits(bits, BLOCK_M, BLOCK_K).to(x.dtype)",
+        EDGE.format("test_an_infinity_that_is_dropped_stays_out_of_h[triton]"),
+    ),
+    "shrink: keep_scale missing": Fault(
+        SHRINK,
+        "h = tl.trans(acc) * keep_scale",
+        "h = tl.trans(acc)",
+        ROWS.format("triton"),
+    ),
+    "shrink: h saved with its gate": Fault(
+        SHRINK,
+        "tl.store(h_ptr + out, h.to(h_ptr",
+        "tl.store(h_ptr + out, scaled(h, gate_ptr, 1.0, offs_r, mask_r).to(h_ptr",
+        MASTERS.format("triton"),
+    ),
+    "shrink: the last rank is left out": Fault(
+        SHRINK,
+        "mask_m, mask_r = offs_m < M, offs_r < R",
+        "mask_m, mask_r = offs_m < M, offs_r < R - 1",
+        MASTERS.format("triton"),
+    ),
+    "shrink: one column past K": Fault(
+        SHRINK,
+        "mask_k = offs_k <",
+        "mask_k = offs_k <=",
+        ROWS.format("triton"),
+    ),
+    "shrink: splits of K overlap": Fault(
+        SHRINK,
+        "tl.minimum(span, K - first)",
+        "K - first",
+        "test_shrink.py::test_every_split_covers_k_once[513-3]",
+    ),
+    "shrink: the last split is dropped": Fault(
+        SHRINK,
+        "sum_planes(planes, scale=scale",
+        "sum_planes(planes[:-1], scale=scale",
+        "test_shrink.py::test_every_split_covers_k_once[513-3]",
+    ),
+    "shrink: rows counted in 32 bits": Fault(
+        SHRINK,
+        "pid_m = tl.program_id(0).to(tl.int64)",
+        "pid_m = tl.program_id(0)",
+        EDGE.format("test_offsets_past_2_31_elements[0]"),
+    ),
+    "shrink: columns counted in 32 bits": Fault(
+        SHRINK,
+        "pid_k = tl.program_id(1).to(tl.int64)",
+        "pid_k = tl.program_id(1)",
+        EDGE.format("test_offsets_past_2_31_elements[1]"),
+    ),
+    # Gate, scale and the sums of planes.
+    "planes: scale x 1.01": Fault(
+        PLANES,
+        "t = h * scale\n",
+        "t = h * scale * 1.01\n",
+        ROWS.format("triton"),
+    ),
+    "planes: the gate applied twice": Fault(
+        PLANES,
+        "t *= gate[None, :]",
+        "t *= (gate * gate)[None, :]",
+        ROWS.format("triton"),
+    ),
+    "planes: the first plane is dropped": Fault(
+        PLANES,
+        "for _ in range(S):",
+        "plane += stride_planes[0]\n    for _ in range(S - 1):",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes",
+    ),
+    "planes: the last row is not written": Fault(
+        PLANES,
+        "mask = (offs_i < I)[:, None]",
+        "mask = (offs_i < I - 1)[:, None]",
+        ROWS.format("triton"),
+    ),
+    "planes: dgate of the gated h": Fault(
+        PLANES,
+        "dot = scale * tl.sum(h * w.to(tl.float32), axis=0)",
+        "dot = tl.sum(scaled(h, gate_ptr, scale, offs_r, mask_r) * w.to(tl.float32), axis=0)",
+        ROWS.format("triton"),
+    ),
+    "planes: dgate of the first block of N": Fault(
+        PLANES,
+        "dots.sum(0)",
+        "dots[0]",
+        "test_row_reduce.py::test_dy",
+    ),
+    # y and dx.
+    "gemm: one column past K": Fault(
+        GEMM,
+        "mask_k = offs_k <",
+        "mask_k = offs_k <=",
+        ROWS.format("triton"),
+    ),
+    "gemm: the last row is not written": Fault(
+        GEMM,
+        "acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None]",
+        "acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M - 1)[:, None]",
+        ROWS.format("triton"),
+    ),
+    "gemm: the bias added once a segment": Fault(
+        GEMM,
+        "acc += tl.load(bias_ptr",
+        "acc += len(lhs_ptrs) * tl.load(bias_ptr",
+        ROWS.format("triton"),
+    ),
+    "gemm: a last group of fewer rows is numbered as a full one": Fault(
+        GEMM,
+        "rows = tl.minimum(num_m - group * GROUP_M, GROUP_M)",
+        "rows = GROUP_M",
+        "test_segment_gemm.py::test_every_tile_is_written_once[8]",
+    ),
+    "gemm: no mask on the LoRA part of dx": Fault(
+        GEMM,
+        "tl.where(expand_bits(bits, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)",
+        "acc * keep_scale",
+        MASKS.format("triton"),
+    ),
+    "gemm: keep_scale missing in dx": Fault(
+        GEMM,
+        "acc * keep_scale, 0.0)",
+        "acc, 0.0)",
+        ROWS.format("triton"),
+    ),
+    "gemm: the mask does not move with n": Fault(
+        GEMM,
+        "offs_byte = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)",
+        "offs_byte = tl.arange(0, BLOCK_N // 8)",
+        MASKS.format("triton"),
+    ),
+    "gemm: rows counted in 32 bits": Fault(
+        GEMM,
+        "pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)",
+        "pid_m, pid_n = pid_m, pid_n",
+        EDGE.format("test_offsets_past_2_31_elements[0]"),
+    ),
+    "gemm: columns counted in 32 bits": Fault(
+        GEMM,
+        "offs_k = tl.arange(0, BLOCK_K).to(tl.int64)",
+        "offs_k = tl.arange(0, BLOCK_K)",
+        EDGE.format("test_offsets_past_2_31_elements[1]"),
+    ),
+    # dA, dB, dh and the bits.
+    "reduce: another counter stride": Fault(
+        REDUCE,
+        "calls = tl.cdiv(C, 8)",
+        "calls = C // 8",
+        MASKS.format("triton"),
+    ),
+    "reduce: no mask in dA": Fault(
+        REDUCE,
+        "z = tl.where(expand_bits(bits, BLOCK_M, BLOCK_C), z, 0.0)",
+        "z = z",
+        MASKS.format("triton"),
+    ),
+    "reduce: dropped values multiplied by zero": Fault(
+        REDUCE,
+        "z = tl.where(expand_bits(bits, BLOCK_M, BLOCK_C), z, 0.0)",
+        "z *= expand_bits(bits, BLOCK_M, BLOCK_C).to(z.dtype)",
+        "test_lora_linear.py::test_dropped_values_do_not_leak[triton]",
+    ),
+    "reduce: the first block of ranks does not write its bits": Fault(
+        REDUCE,
+        "if bits_ptr is not None and pid_r == 0:",
+        "if bits_ptr is not None and pid_r == 1:",
+        ROWS.format("triton"),
+    ),
+    "reduce: bits written transposed": Fault(
+        REDUCE,
+        "bits_ptr + offs_m[:, None] * calls + offs_call[None, :]",
+        "bits_ptr + offs_m[:, None] + offs_call[None, :] * M",
+        MASKS.format("triton"),
+    ),
+    "reduce: blocks of rows overlap": Fault(
+        REDUCE,
+        "tl.minimum(first + rows, M)",
+        "tl.minimum(first + rows + BLOCK_M, M)",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes",
+    ),
+    "reduce: u of the first block of columns": Fault(
+        REDUCE,
+        "sum_planes(u, scale=scale",
+        "sum_planes(u[:1], scale=scale",
+        "test_row_reduce.py::test_dy",
+    ),
+    "reduce: rows counted in 32 bits": Fault(
+        REDUCE,
+        "offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)",
+        "offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int32)",
+        EDGE.format("test_offsets_past_2_31_elements[0]"),
+    ),
+    "reduce: columns counted in 32 bits": Fault(
+        REDUCE,
+        "(pid // num_c).to(tl.int64), (pid % num_c).to(tl.int64)",
+        "(pid // num_c).to(tl.int64), pid % num_c",
+        EDGE.format("test_offsets_past_2_31_elements[1]"),
+    ),
+    "reduce: dh without the gate": Fault(
+        REDUCE,
+        "sum_planes(u, scale=scale, gate=gate, t=dh)",
+        "sum_planes(u, scale=scale, t=dh)",
+        ROWS.format("triton"),
+    ),
+    "reduce: dB without the gate": Fault(
+        REDUCE,
+        "p.transpose(1, 2), scale=scale, gate=gate, t=db",
+        "p.transpose(1, 2), scale=scale, t=db",
+        ROWS.format("triton"),
+    ),
+    "reduce: dA x 1.1": Fault(
+        REDUCE,
+        "plain_scale=keep_scale, h=da.t()",
+        "plain_scale=1.1 * keep_scale, h=da.t()",
+        ROWS.format("triton"),
+    ),
+    "reduce: keep_scale missing in dA": Fault(
+        REDUCE,
+        "plain_scale=keep_scale, h=da.t()",
+        "h=da.t()",
+        ROWS.format("triton"),
+    ),
+    "reduce: dA of a master rounded to 16 bits": Fault(
+        REDUCE,
+        "return da\n",
+        "return da.to(x.dtype).to(da.dtype)\n",
+        "test_row_reduce.py::test_master_gradients_are_rounded_once",
+    ),
+    "reduce: dB of a master rounded to 16 bits": Fault(
+        REDUCE,
+        "return dh, db, dgate",
+        "return dh, db.to(b.dtype).to(db.dtype), dgate",
+        EDGE.format("test_master_gradients_are_not_rounded_to_16_bits"),
+    ),
+    # How the op puts the kernels together.
+    "triton: dx without its LoRA part": Fault(
+        OP,
+        "dx = segment_gemm([base, lora])",
+        "dx = segment_gemm([base])",
+        MASTERS.format("triton"),
+    ),
+    "triton: the base part of dx masked as well": Fault(
+        OP,
+        "mask=(bits, drop[2], 1)",
+        "mask=(bits, drop[2], 2)",
+        ROWS.format("triton"),
+    ),
+    "triton: dh of dx alone without the gate": Fault(
+        OP,
+        "dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)",
+        "dh, _ = shrink(dy, b.t(), scale=scale)",
+        SUBSET.format("True, False, False, False, False, False", "triton"),
+    ),
+    "triton: dB returned where dgate alone was asked for": Fault(
+        OP,
+        "return dx, da, db if need_db else None, dgate",
+        "return dx, da, db, dgate",
+        SUBSET.format("False, False, False, False, False, True", "triton"),
+    ),
+    "triton asked for, torch run": Fault(
+        OP,
+        'forward = forward_triton if backend == "triton" else forward_torch',
+        "forward = forward_torch",
+        EDGE.format("test_the_kernels_of_the_backend_that_was_asked_for[triton]"),
+    ),
+    # The torch backend.
+    "torch: scale x 1.01": Fault(
+        OP,
+        "b.t(), alpha=scale)",
+        "b.t(), alpha=1.01 * scale)",
+        ROWS.format("torch"),
+    ),
+    "torch: scale missing in y": Fault(
+        OP,
+        "b.t(), alpha=scale)",
+        "b.t())",
+        ROWS.format("torch"),
+    ),
+    "torch: keep_scale missing in h": Fault(
+        OP,
+        "h = _scaled_mm(keep_scale, x_kept, a.t())",
+        "h = x_kept @ a.t()",
+        ROWS.format("torch"),
+    ),
+    "torch: h saved with its gate": Fault(
+        OP,
+        "return y, h if save_h else None",
+        "return y, _gated(h, gate) if save_h else None",
+        ROWS.format("torch"),
+    ),
+    "torch: the gate applied twice": Fault(
+        OP,
+        "(t * gate).to(t.dtype)",
+        "(t * gate * gate).to(t.dtype)",
+        ROWS.format("torch"),
+    ),
+    "torch: dropped values multiplied by zero": Fault(
+        OP,
+        "return torch.where(keep, x, 0), keep,",
+        "return x * keep, keep,",
+        "test_lora_linear.py::test_dropped_values_do_not_leak[torch]",
+    ),
+    "torch: dh without the gate": Fault(
+        OP,
+        "dh = _gated(_scaled_mm(scale, dy, b), gate)",
+        "dh = _scaled_mm(scale, dy, b)",
+        ROWS.format("torch"),
+    ),
+    "torch: dB without the gate": Fault(
+        OP,
+        "db = _gated(p, gate)",
+        "db = p",
+        ROWS.format("torch"),
+    ),
+    "torch: no mask in dA": Fault(
+        OP,
+        "da = _scaled_mm(keep_scale, dh.t(), x_kept)",
+        "da = _scaled_mm(keep_scale, dh.t(), x)",
+        MASKS.format("torch"),
+    ),
+    "torch: dA x 1.1": Fault(
+        OP,
+        "da = _scaled_mm(keep_scale, dh.t(), x_kept)",
+        "da = _scaled_mm(1.1 * keep_scale, dh.t(), x_kept)",
+        ROWS.format("torch"),
+    ),
+    "torch: keep_scale missing in dA": Fault(
+        OP,
+        "da = _scaled_mm(keep_scale, dh.t(), x_kept)",
+        "da = dh.t() @ x_kept",
+        ROWS.format("torch"),
+    ),
+    "torch: dx without its LoRA part": Fault(
+        OP,
+        "dx = (dy @ weight).addmm_(dh, a)",
+        "dx = dy @ weight",
+        MASTERS.format("torch"),
+    ),
+    "torch: no mask on the LoRA part of dx": Fault(
+        OP,
+        ".masked_fill_(~keep, 0)",
+        "",
+        MASKS.format("torch"),
+    ),
+    "torch: keep_scale missing in dx": Fault(
+        OP,
+        "dx = _scaled_mm(keep_scale, dh, a)",
+        "dx = (dh @ a)",
+        ROWS.format("torch"),
+    ),
+    # What the public function and autograd do around both.
+    "the backward draws another mask": Fault(
+        OP,
+        "lora_b, gate, h, seed)",
+        "lora_b, gate, h, None if seed is None else seed + 1)",
+        MASKS.format("torch"),
+    ),
+    "dA computed where dB was asked for": Fault(
+        OP,
+        "skinny = need_dx, need_da, need_db, need_dgate",
+        "skinny = need_dx, need_da or need_db, need_db, need_dgate",
+        SUBSET.format("False, False, False, True, False, False", "torch"),
+    ),
+    "dW computed for nobody": Fault(
+        OP,
+        "dw = dy.t() @ rows if need_dw else None",
+        "dw = dy.t() @ rows",
+        SUBSET.format("True, False, False, False, False, False", "torch"),
+    ),
+    "dbias averaged": Fault(
+        OP,
+        "dbias = dy.sum(0)",
+        "dbias = dy.mean(0)",
+        ROWS.format("torch"),
+    ),
+    "the value of a scale tensor dropped": Fault(
+        OP,
+        "if gate is None else gate) * scale.to(x.device)",
+        "if gate is None else gate)",
+        "test_lora_linear.py::test_scale_tensor[torch]",
+    ),
+    "dropout outside of training": Fault(
+        OP,
+        "dropping = training and dropout_p > 0",
+        "dropping = dropout_p > 0",
+        "test_lora_linear.py::test_seed[torch]",
+    ),
+    "a negative seed loses its sign": Fault(
+        OP,
+        "torch.full((1,), seed,",
+        "torch.full((1,), abs(seed),",
+        "test_lora_linear.py::test_seed[torch]",
+    ),
+    "autocast rounds the masters": Fault(
+        CHECKS,
+        "return t if t.dtype == torch.float32 else autocast(t, dtype)",
+        "return autocast(t, dtype)",
+        EDGE.format("test_master_gradients_are_not_rounded_to_16_bits"),
+    ),
+    "autocast rounds the gate": Fault(
+        OP,
+        "lora_a, lora_b = (check.autocast_adapter(t, dtype) for t in (lora_a, lora_b))",
+        "gate = gate.to(dtype)",
+        EDGE.format("test_master_gradients_are_not_rounded_to_16_bits"),
+    ),
+    # The proximal step: the published code of SoRA has the first of these two.
+    "soft threshold: gates up to 2 xi are zeroed": Fault(
+        THRESHOLD,
+        "torch._foreach_clamp_max_(removed, xi)",
+        "torch._foreach_clamp_max_(removed, 2 * xi)",
+        "test_soft_threshold.py::test_closed_form[0.5-torch.float32]",
+    ),
+    "soft threshold: gates below -xi are left alone": Fault(
+        THRESHOLD,
+        "torch._foreach_clamp_min(wide, -xi)",
+        "torch._foreach_clamp_min(wide, 0.0)",
+        "test_soft_threshold.py::test_closed_form[0.5-torch.float32]",
+    ),
+}
+
+
+def test_every_test_passes_without_a_fault(tmp_path):
+    tests = sorted({fault.test for fault in FAULTS.values()})
+    outcomes, printed = run_tests(copy_package(PACKAGE, KERNELS, tmp_path), tests)
+    assert outcomes == [PASSED] * len(tests), printed
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught(name, tmp_path):
+    fault = FAULTS[name]
+    outcomes, printed = run_tests(copy_package(PACKAGE, KERNELS, tmp_path, fault), [fault.test])
+    assert outcomes != [PASSED], f"the fault {name!r} survived {fault.test}"
+    assert outcomes == [CAUGHT], f"{name!r} broke {fault.test}: {outcomes}\n{printed}"

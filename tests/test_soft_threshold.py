@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
+import fused_lora as fl
 from fused_lora import _extension
 from fused_lora.ops.soft_threshold import soft_threshold_
 
@@ -14,6 +15,11 @@ SIZES = (0, 1, 31, 64, 127, 128, 129, 1000, 65535, 65536, 65537, 200001)
 on_cuda_kernel = pytest.mark.skipif(
     DEVICE != "cuda" or _extension.why_missing() is not None, reason="needs a GPU and the extension"
 )
+
+
+@pytest.fixture(params=["torch", pytest.param("cuda", marks=on_cuda_kernel)])
+def backend(request) -> str:
+    return request.param
 
 
 def closed_form(gate: torch.Tensor, xi: float) -> torch.Tensor:
@@ -38,30 +44,30 @@ def edges(dtype: torch.dtype, xi: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("xi", [0.0, 0.1, 0.5, 1e-8, 7.0])
-def test_closed_form(dtype, xi, device):
+def test_closed_form(dtype, xi, device, backend):
     gates = [torch.randn(n, device=device).to(dtype) for n in SIZES]
     want = [closed_form(g, xi) for g in gates]
-    assert soft_threshold_(gates, xi) is gates
+    assert soft_threshold_(gates, xi, backend=backend) is gates
     for got, expected in zip(gates, want, strict=True):
         same(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_edges(dtype, device):
+def test_edges(dtype, device, backend):
     v, want = edges(dtype, 0.25)
-    same(soft_threshold_(v.to(device), 0.25), want.to(device))
+    same(soft_threshold_(v.to(device), 0.25, backend=backend), want.to(device))
 
 
-def test_minimises_the_penalised_distance(device):
+def test_minimises_the_penalised_distance(device, backend):
     """T_xi(v) = argmin_g xi |g| + 1/2 (g - v)^2, by search over a fine grid."""
     v = torch.linspace(-1, 1, 41, device=device, dtype=torch.float64)
     grid = torch.linspace(-1, 1, 4001, device=device, dtype=torch.float64)
     cost = 0.3 * grid.abs() + 0.5 * (grid - v[:, None]) ** 2
-    got = soft_threshold_(v.clone(), 0.3)
+    got = soft_threshold_(v.clone(), 0.3, backend=backend)
     assert (got - grid[cost.argmin(1)]).abs().max() <= 2 / 4000
 
 
-def test_mixed_dtypes_shapes_and_strides(device):
+def test_mixed_dtypes_shapes_and_strides(device, backend):
     base = torch.randn(40, 6, device=device)
     gates = (
         torch.randn(3, 5, device=device),
@@ -75,7 +81,7 @@ def test_mixed_dtypes_shapes_and_strides(device):
     )
     before = base.clone()
     want = [closed_form(g, 0.4) for g in gates]
-    assert soft_threshold_(gates, 0.4) is gates
+    assert soft_threshold_(gates, 0.4, backend=backend) is gates
     for got, expected in zip(gates, want, strict=True):
         same(got.detach(), expected)
     untouched = torch.ones_like(base, dtype=torch.bool)
@@ -84,28 +90,28 @@ def test_mixed_dtypes_shapes_and_strides(device):
 
 
 @pytest.mark.parametrize("count", [0, 1, 253, 254, 255, 600])
-def test_many_gates(count, device):
+def test_many_gates(count, device, backend):
     gates = [torch.randn(i % 70, device=device) for i in range(count)]
     want = [closed_form(g, 0.2) for g in gates]
-    for got, expected in zip(soft_threshold_(gates, 0.2), want, strict=True):
+    for got, expected in zip(soft_threshold_(gates, 0.2, backend=backend), want, strict=True):
         same(got, expected)
 
 
-def test_autograd_sees_that_a_saved_gate_has_changed(device):
+def test_autograd_sees_that_a_saved_gate_has_changed(device, backend):
     gate = torch.nn.Parameter(torch.randn(8, device=device))
     loss = (gate * gate).sum()
-    soft_threshold_(gate, 0.1)
+    soft_threshold_(gate, 0.1, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_no_history_is_recorded(device):
+def test_no_history_is_recorded(device, backend):
     gate = torch.nn.Parameter(torch.randn(8, device=device))
-    soft_threshold_(gate, 0.1)
+    soft_threshold_(gate, 0.1, backend=backend)
     assert gate.is_leaf and gate.requires_grad and gate.grad_fn is None
     with torch.inference_mode():
         inner = torch.ones(4, device=device)
-        same(soft_threshold_(inner, 0.25), torch.full_like(inner, 0.75))
+        same(soft_threshold_(inner, 0.25, backend=backend), torch.full_like(inner, 0.75))
 
 
 def test_meta_tensors():
@@ -116,9 +122,9 @@ def test_meta_tensors():
 def test_opcheck(device):
     op = torch.ops.fused_lora.soft_threshold_.default
     for sizes in ((4,), (3, 0, 5)):
-        torch.library.opcheck(op, ([torch.randn(n, device=device) for n in sizes], 0.3))
+        torch.library.opcheck(op, ([torch.randn(n, device=device) for n in sizes], 0.3, "torch"))
     halves = [torch.randn(6, device=device).to(dtype) for dtype in DTYPES]
-    torch.library.opcheck(op, (halves, 0.3))
+    torch.library.opcheck(op, (halves, 0.3, "torch"))
 
 
 def test_compiles_whole(device):
@@ -197,14 +203,32 @@ def test_bad_xi_writes_nothing(xi, error, message):
     same(gate, torch.ones(4))
 
 
+def test_backends_that_cannot_run_say_why():
+    gate = torch.ones(4)
+    reasons = fl.why("soft_threshold_", gate, 0.1)
+    assert list(reasons.items()) == [
+        ("torch", None),
+        ("cuda", "gates are on cpu; the CUDA kernel runs on CUDA devices"),
+        ("triton", "soft_threshold_ has no Triton kernel; use backend='cuda' or 'torch'"),
+    ]
+    for name in ("cuda", "triton"):
+        with pytest.raises(RuntimeError) as raised:
+            soft_threshold_(gate, 0.1, backend=name)
+        message = f"soft_threshold_: backend {name!r} cannot run: {reasons[name]}"
+        assert str(raised.value) == message
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, torch or None"):
+        soft_threshold_(gate, 0.1, backend="cpu")
+    same(gate, torch.ones(4))
+
+
 @pytest.mark.gpu
 @on_cuda_kernel
 def test_graph_replays_the_kernel_on_new_values(device):
     gates = [torch.randn(n, device=device) for n in (5, 64, 70000) for _ in range(100)]
-    soft_threshold_(gates, 0.2)
+    soft_threshold_(gates, 0.2, backend="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        soft_threshold_(gates, 0.2)
+        soft_threshold_(gates, 0.2, backend="cuda")
     for _ in range(3):
         for gate in gates:
             gate.normal_()
@@ -222,7 +246,7 @@ def test_runs_on_the_current_stream(device):
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
         gate.fill_(1.0)
-        soft_threshold_(gate, 0.25)
+        soft_threshold_(gate, 0.25, backend="cuda")
     side.synchronize()
     same(gate, torch.full_like(gate, 0.75))
 
@@ -231,9 +255,9 @@ def test_runs_on_the_current_stream(device):
 @on_cuda_kernel
 def test_one_launch_for_a_model_of_gates(device):
     gates = [torch.randn(64, device=device) for _ in range(224)]
-    soft_threshold_(gates, 0.1)
+    soft_threshold_(gates, 0.1, backend="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        soft_threshold_(gates, 0.1)
+        soft_threshold_(gates, 0.1, backend="cuda")
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if "soft_threshold_kernel" in e.name]
     assert len(kernels) == 1

@@ -68,7 +68,7 @@ def rows(op: str, sm: int, kind: str) -> list[dict]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _row(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dict | None:
+def choose(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dict | None:
     """The first row whose bounds hold all sizes, without its bounds; None where no row does."""
     for row in rows(op, sm, kind):
         if all(size <= row.get(f"max_{name}", size) for name, size in sizes):
@@ -77,12 +77,12 @@ def _row(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dic
 
 
 def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
-    return _row("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
+    return choose("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
 
 
 def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
     """K is split until there are BLOCKS_WANTED blocks, but no split is shorter than one K step."""
-    row = _row("shrink", kind(dtype), sm, (("R", R),))
+    row = choose("shrink", kind(dtype), sm, (("R", R),))
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(R, block_r)
     steps = triton.cdiv(K, row["BLOCK_K"])
@@ -91,7 +91,7 @@ def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
 
 def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False) -> dict | None:
     """M is split into ROWS until there are BLOCKS_WANTED blocks. None: u is better made by a shrink of its own."""
-    row = _row("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
+    row = choose("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
     if row is None:
         return None
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])

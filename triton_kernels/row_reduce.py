@@ -60,7 +60,9 @@ def row_reduce_kernel(
     # P^T, because a masked z must be the RIGHT operand (see shrink).
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = pid_rows * rows
-    for m in range(first, tl.minimum(first + rows, M), BLOCK_M):
+    last = tl.minimum(first + rows, M)
+    tl.assume(first < last)  # as in shrink
+    for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < M
         z = tl.load(

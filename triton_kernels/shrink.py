@@ -14,7 +14,7 @@ from .launch import exact, launch
 from .planes import scaled, sum_planes
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "span", "threshold"])
 def shrink_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [R, K]
@@ -28,6 +28,7 @@ def shrink_kernel(
     M,
     K,
     R,
+    span,  # columns of K in a split, a multiple of BLOCK_K
     scale,
     keep_scale,
     threshold,
@@ -43,8 +44,9 @@ def shrink_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
 
-    span = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
-    first = pid_k * span
+    first = tl.multiple_of(pid_k * span, BLOCK_K)
+    columns = tl.minimum(span, K - first)
+    tl.assume(columns > 0)  # a path around the loop makes ptxas serialize its wgmma
     offs_k = first + tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + offs_m[:, None] * stride_x[0] + offs_k[None, :] * stride_x[1]
     a_ptrs = a_ptr + offs_r[:, None] * stride_a[0] + offs_k[None, :] * stride_a[1]
@@ -55,7 +57,7 @@ def shrink_kernel(
     # h^T = A drop(x)^T: the masked x is the RIGHT operand. ptxas before 13.3 can miscompile a pipelined wgmma
     # whose LEFT operand was computed in registers.
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    for _ in range(0, tl.minimum(span, K - first), BLOCK_K):
+    for _ in range(0, columns, BLOCK_K):
         mask_k = offs_k < K
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
@@ -89,12 +91,15 @@ def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=Non
     """
     (M, K), R = x.shape, a.shape[0]
     c = dict(config or configs.shrink(M, K, R, x.dtype, configs.capability(x.device)))
-    split = c.pop("SPLIT_K")
+    steps = triton.cdiv(triton.cdiv(K, c["BLOCK_K"]), c.pop("SPLIT_K"))
+    span = max(1, steps) * c["BLOCK_K"]
+    split = triton.cdiv(K, span)
     seed, threshold, keep_scale = dropout or (None, 0, 1.0)
-    t = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    h = torch.empty_like(t) if save_h else None
+    new = torch.empty if K else torch.zeros  # a sum over nothing
+    t = new(M, R, dtype=x.dtype, device=x.device)
+    h = new(M, R, dtype=x.dtype, device=x.device) if save_h else None
     planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device) if split > 1 else None
-    if M and R:
+    if t.numel() and K:
         launch(
             shrink_kernel,
             (triton.cdiv(M, c["BLOCK_M"]), split, triton.cdiv(R, c["BLOCK_R"])),
@@ -111,6 +116,7 @@ def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=Non
             M,
             K,
             *exact((R,)),
+            span,
             scale,
             keep_scale,
             threshold,

@@ -6,6 +6,7 @@ Symbols: x [..., K], weight W0 [N, K] and bias [N] frozen, lora_a A [R, K], lora
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ _INITS = (True, False, "kaiming", "gaussian")
 
 # Elements of W0 that are merged at a time: 16 MiB of fp32, whatever the size of the layer.
 _MERGE_BLOCK = 1 << 22
+
+Layer = TypeVar("Layer", bound="LoRALinear")
 
 # One product scale * B diag(g) A: (scale, lora_a, lora_b, gate).
 Product = tuple[float, Tensor, Tensor, Tensor | None]
@@ -139,6 +142,10 @@ class LoRALinear(torch.nn.Linear):
     Raises TypeError and ValueError that name the argument, before anything is allocated.
     """
 
+    lora_a: Parameter
+    lora_b: Parameter
+    gate: Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -161,7 +168,7 @@ class LoRALinear(torch.nn.Linear):
 
     @classmethod
     def from_linear(
-        cls,
+        cls: type[Layer],
         linear: torch.nn.Linear,
         r: int = 8,
         lora_alpha: float = 16,
@@ -170,7 +177,7 @@ class LoRALinear(torch.nn.Linear):
         init: bool | str = "kaiming",
         *,
         adapter_dtype: torch.dtype | None = None,
-    ) -> "LoRALinear":
+    ) -> Layer:
         """The adapted form of `linear`, on its device, in its dtype and training mode.
 
         Arguments as in the class. It shares the Parameters of `linear` and freezes them: W0 is not
@@ -212,9 +219,9 @@ class LoRALinear(torch.nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like_weight = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
-        self.lora_a = Parameter(torch.empty(r, self.in_features, **like_weight))
-        self.lora_b = Parameter(torch.empty(self.out_features, r, **like_weight))
+        dtype = adapter_dtype or self.weight.dtype
+        self.lora_a = Parameter(self.weight.new_empty(r, self.in_features, dtype=dtype))
+        self.lora_b = Parameter(self.weight.new_empty(self.out_features, r, dtype=dtype))
         self.register_parameter("gate", None)
         self.reset_lora_parameters()
 
@@ -345,10 +352,11 @@ class LoRALinear(torch.nn.Linear):
             else:
                 _merge_into(self.weight, self._base, [new])
         self.r, self.scale = R, scale
-        for name, value in (("lora_a", a), ("lora_b", b), ("gate", gate)):
+        values = {"lora_a": a, "lora_b": b}
+        if gate is not None:
+            values["gate"] = gate
+        for name, value in values.items():
             old = getattr(self, name)
-            if old is None:
-                continue
             if old.shape == value.shape:
                 old.copy_(value)
             else:
@@ -414,6 +422,8 @@ class SoRALinear(LoRALinear):
     gate_init: "normal" draws the gate from N(0, 1), as the paper's authors do; "ones" starts as
         LoRA.
     """
+
+    gate: Parameter
 
     def __init__(self, *args, gate_init: str = "normal", **kwargs) -> None:
         check_choice("gate_init", gate_init, GATE_INITS)

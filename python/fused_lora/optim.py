@@ -57,14 +57,14 @@ class SoRA(torch.optim.Optimizer):
             )
         if isinstance(gates, Tensor):
             raise TypeError("gates must be a sequence of tensors, got one tensor; pass [gate]")
-        gates = list(gates)
-        if not gates:
+        groups: list[Any] = list(gates)
+        if not groups:
             raise ValueError(
                 "gates is empty; the model has no gate, so use the inner optimizer alone"
             )
         self.optimizer = optimizer
         self.gate_groups: list[dict[str, Any]] = []
-        super().__init__(gates, {"lr": lr, "sparsity": sparsity})
+        super().__init__(groups, {"lr": lr, "sparsity": sparsity})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ class SoRA(torch.optim.Optimizer):
         self.gate_groups.append(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the inner optimizer and one proximal step of the gates.
 
         closure: evaluates the model again and returns the loss, as in torch.optim; its value is

@@ -60,15 +60,17 @@ def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     counter int64 [...], seed int64 of one element. Returns four int64 tensors that hold 32-bit
     words.
     """
-    c0, c1 = counter & _WORD, (counter >> 32) & _WORD
-    c2 = c3 = torch.zeros((), dtype=torch.int64, device=counter.device)
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(PHILOX_ROUNDS):
+    c0, c1 = counter & _WORD, counter >> 32
+    c2 = c3 = torch.zeros_like(counter)
+    rounds = torch.arange(PHILOX_ROUNDS, device=seed.device)
+    keys = (seed + rounds * 0x9E3779B9) & _WORD, ((seed >> 32) + rounds * 0xBB67AE85) & _WORD
+    for k0, k1 in zip(*keys, strict=True):
         # int64 products wrap, yet their 64 bits are those of the unsigned product.
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((high >> 32) & _WORD) ^ c1 ^ k0, high & _WORD
-        c2, c3 = ((low >> 32) & _WORD) ^ c3 ^ k1, low & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = high, low  # their upper halves are cleared at the end
+    c1, c3 = c1 & _WORD, c3 & _WORD
     return c0, c1, c2, c3
 
 
@@ -83,7 +85,7 @@ def dropout_scale(p: float) -> float:
 
 
 def dropout_lanes(seed: Tensor, rows: Tensor, K: int) -> Tensor:
-    """The 16-bit lanes of the given rows of a matrix of K columns: int64 [len(rows), K].
+    """The 16-bit lanes of the given rows of a matrix of K columns: int32 [len(rows), K].
 
     Element (m, k) is lane k % 8 of the Philox call with counter m * ceil(K / 8) + k // 8: word
     lane // 2, the low half first.
@@ -91,14 +93,17 @@ def dropout_lanes(seed: Tensor, rows: Tensor, K: int) -> Tensor:
     calls = (K + 7) // 8
     counter = rows[:, None] * calls + torch.arange(calls, device=rows.device)
     words = torch.stack(philox4x32(counter, seed.reshape(())), dim=-1)  # [M, calls, 4]
-    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, calls, 4, 2]
-    return lanes.reshape(len(rows), calls * 8)[:, :K]
+    lanes = words.to(torch.int32).view(torch.int16)  # [M, calls, 8]; memory is little-endian
+    return (lanes.to(torch.int32) & 0xFFFF).view(len(rows), calls * 8)[:, :K]
 
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """True where element (m, k) of an [M, K] input is kept: bool [M, K] on seed's device."""
     rows = torch.arange(M, device=seed.device)
-    return dropout_lanes(seed, rows, K) >= dropout_threshold(p)
+    # On a CPU a slab of rows at a time, so that the 64-bit intermediates stay in its cache.
+    slab = max(1, torch.get_num_threads() * 2**18 // max(1, K)) if seed.is_cpu else max(1, M)
+    threshold = dropout_threshold(p)
+    return torch.cat([dropout_lanes(seed, r, K) >= threshold for r in rows.split(slab)])
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -120,11 +120,11 @@ def backends() -> dict[str, str | None]:
     return {name: reasons[name] for name in sorted(BACKENDS, key=lambda b: b != chosen)}
 
 
-_EXPLAINERS: dict[str, Callable[..., tuple[torch.Tensor, dict]]] = {}
+_EXPLAINERS: dict[str, Callable[..., tuple[str, torch.Tensor, dict]]] = {}
 
 
 def explains(op: str):
-    """Register the function that maps an op's arguments to (x, {backend: refusal})."""
+    """Register the function that maps an op's arguments to (chosen, x, {backend: refusal})."""
 
     def register(fn):
         _EXPLAINERS[op] = fn
@@ -148,6 +148,5 @@ def why(op: str, *args, **kwargs) -> dict[str, str | None]:
     """
     if op not in _EXPLAINERS:
         raise ValueError(f"op must be one of {', '.join(sorted(_EXPLAINERS))}, got {op!r}")
-    chosen = choose(kwargs.pop("backend", None))
-    x, refusals = _EXPLAINERS[op](*args, **kwargs)
+    chosen, x, refusals = _EXPLAINERS[op](*args, **kwargs)
     return {b: refusals[b](x) for b in sorted(BACKENDS, key=lambda b: (b != chosen, b != "torch"))}

@@ -363,5 +363,5 @@ def lora_linear(
 
 
 @dispatch.explains("lora_linear")
-def _explain(*args, **kwargs):
-    return _prepare(*args, **kwargs)[0], REFUSALS
+def _explain(*args, backend=None, **kwargs):
+    return dispatch.choose(backend), _prepare(*args, **kwargs)[0], REFUSALS

@@ -10,21 +10,39 @@ import torch
 from torch import Tensor
 
 from fused_lora import _extension
+from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 
 Gates = TypeVar("Gates", Tensor, Sequence[Tensor])
 
-# Contract. The gates of one call are contiguous and on one device.
+# Contract. The gates of one call are contiguous and on one device. csrc/ implements the second op.
 _library = torch.library.Library("fused_lora", "FRAGMENT")
-_library.define("soft_threshold_(Tensor(a!)[] gates, float xi) -> ()")
-torch.library.register_fake("fused_lora::soft_threshold_", lambda gates, xi: None, lib=_library)
+_library.define("soft_threshold_(Tensor(a!)[] gates, float xi, str backend) -> ()")
+_library.define("soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> ()")
 
 
-@torch.library.impl(_library, "soft_threshold_", "CompositeExplicitAutograd")
-def _soft_threshold_foreach(gates: list[Tensor], xi: float) -> None:
-    """On any device; loading the extension puts its kernel in this place on CUDA."""
-    if gates[0].is_cuda and _extension.why_missing() is None:
-        return torch.ops.fused_lora.soft_threshold_(gates, xi)
+def _refuse_cuda(gate: Tensor) -> str | None:
+    if not gate.is_cuda:
+        return f"gates are on {gate.device}; the CUDA kernel runs on CUDA devices"
+    return _extension.why_missing()
+
+
+REFUSALS = {
+    "cuda": _refuse_cuda,
+    "triton": lambda gate: "soft_threshold_ has no Triton kernel; use backend='cuda' or 'torch'",
+    "torch": dispatch.never_refuses,
+}
+BEST = "torch"  # the CUDA kernel takes its place with the measurement that proves it
+
+
+def _soft_threshold(gates: list[Tensor], xi: float, backend: str) -> None:
+    dispatch.require("soft_threshold_", backend, REFUSALS, gates[0])
+    if backend == "cuda":
+        torch.ops.fused_lora.soft_threshold_cuda_(gates, xi)
+        # That kernel writes unseen by autograd, which must refuse a backward that saved the gates
+        # as they were.
+        torch.autograd.graph.increment_version(gates)
+        return
     # Half precision is computed in fp32.
     wide = [g.float() if g.itemsize == 2 else g for g in gates]
     removed = torch._foreach_clamp_min(wide, -xi)
@@ -33,6 +51,12 @@ def _soft_threshold_foreach(gates: list[Tensor], xi: float) -> None:
     for gate, result in zip(gates, wide, strict=True):
         if result is not gate:
             gate.copy_(result)
+
+
+_library.impl("soft_threshold_", _soft_threshold, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fused_lora::soft_threshold_", lambda gates, xi, backend: None, lib=_library
+)
 
 
 def _check(gates, xi) -> list[Tensor]:
@@ -64,7 +88,7 @@ def _check(gates, xi) -> list[Tensor]:
 
 
 @torch.no_grad()
-def soft_threshold_(gates: Gates, xi: float) -> Gates:
+def soft_threshold_(gates: Gates, xi: float, *, backend: str | None = None) -> Gates:
     """Replace every gate v by its soft threshold, in place.
 
         T_xi(v) = v - xi if v > xi;  0 if -xi <= v <= xi;  v + xi if v < -xi
@@ -78,25 +102,29 @@ def soft_threshold_(gates: Gates, xi: float) -> Gates:
         may require grad; no history is recorded.
     xi: a float >= 0.
 
+    backend: "torch" (torch's own multi-tensor kernels, any device) or "cuda" (the extension's: one
+        launch serves some 250 gates); None takes the best that is proved. use_backend does not
+        reach it: it is a step of an optimiser and not of a model.
+
     Returns gates. It raises, before anything is written: TypeError for a gate that is not a
     floating tensor, or an xi that is not a number; ValueError for an xi that is negative or not
-    finite, an expanded gate, or the same tensor twice; NotImplementedError for a tensor subclass or
-    a sparse gate.
-
-    On CUDA one launch of the extension's kernel serves some 250 gates; where the extension is not
-    built, torch's own multi-tensor kernels do it.
+    finite, an expanded gate, the same tensor twice, or an unknown backend; NotImplementedError for
+    a tensor subclass or a sparse gate; RuntimeError for a backend that cannot run, with the reason.
     """
+    backend = dispatch.check_backend(backend) or BEST
     by_device: dict[torch.device, list[Tensor]] = {}
     for gate in _check(gates, xi):
         by_device.setdefault(gate.device, []).append(gate)
     for group in by_device.values():
         dense = [gate if gate.is_contiguous() else gate.contiguous() for gate in group]
-        torch.ops.fused_lora.soft_threshold_(dense, xi)
+        torch.ops.fused_lora.soft_threshold_(dense, xi, backend)
         for gate, result in zip(group, dense, strict=True):
             if not gate.is_contiguous():
                 gate.copy_(result)
-        # The extension's kernel writes unseen by autograd, which must refuse a backward that saved
-        # the gates as they were.
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(group)
     return gates
+
+
+@dispatch.explains("soft_threshold_")
+def _explain(gates, xi, *, backend=None):
+    first = next(iter(_check(gates, xi)), torch.empty(0))
+    return dispatch.check_backend(backend) or BEST, first, REFUSALS

@@ -127,7 +127,7 @@ def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def autocast_adapter(t: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 masters stay: the op casts them itself and gives their gradients back in fp32."""
-    return t if t.dtype == torch.float32 else autocast(t, dtype)
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(dtype)
 
 
 def no_autocast(x: Tensor):

@@ -1,0 +1,291 @@
+"""Compile what production launches, with no GPU, and read the machine code.
+
+    python tests/aot.py FACTS.json [default|full]
+
+The launchers run on meta tensors under a driver that only names a GPU. Every kernel that they start is compiled
+for that GPU and its cubin is read with the tools in Triton's wheel. It takes a process of its own: what was
+imported under TRITON_INTERPRET cannot be compiled.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from linecache import getline
+from pathlib import Path
+
+K, N = 4096, 4096
+# For each bucket of M a rank, so that the short list meets every row of every table.
+BUCKETS = {16: 8, 64: 16, 256: 32, 1024: 64, 8192: 128}
+RANKS = (8, 16, 32, 64, 128, 256)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
+ARCHITECTURES = {"default": (80, 90, 100), "full": (80, 89, 90, 100, 120)}
+# needs: dx, dA, dB, dg.
+CALLS = {
+    "forward": {},
+    "forward-all": {"p": 0.1, "gate": True, "bias": True, "save_h": True},
+    "backward": {"needs": (True, True, True, False)},
+    "backward-all": {"p": 0.1, "gate": True, "needs": (True, True, True, True)},
+    "backward-frozen-b": {"gate": True, "needs": (True, True, False, False)},
+    "backward-dx": {"p": 0.1, "needs": (True, False, False, False)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    sm: int
+    dtype: str
+    M: int
+    R: int
+    call: str
+
+    def __str__(self):
+        return f"sm_{self.sm}-{self.dtype}-M{self.M}-R{self.R}-{self.call}"
+
+
+def cases(extent: str) -> list[Case]:
+    """`default` meets every row of the tables, `full` every rank in every bucket."""
+    if extent == "full":
+        grid = itertools.product(ARCHITECTURES["full"], DTYPES, BUCKETS, RANKS, CALLS)
+        rare = ("backward-frozen-b", "backward-dx")  # of these M changes nothing
+        return [Case(*row) for row in grid if row[2] == max(BUCKETS) or row[4] not in rare]
+    rows = [
+        Case(sm, dtype, M, R, call)
+        for sm, dtype in itertools.product(ARCHITECTURES["default"], ("fp16", "tf32", "fp32"))
+        for M, R in BUCKETS.items()
+        for call in ("forward-all", "backward-all")
+    ]
+    return rows + [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
+
+
+class NamedGPU:
+    """As much of a Triton driver as compiling asks for."""
+
+    sm = 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self):
+        return self.sm
+
+    def get_current_stream(self, device):
+        return 0
+
+
+GPU = NamedGPU()
+PLANTED: list[Case] = []
+LAUNCHED: list[str] = []  # hashes
+KERNELS: dict[str, dict] = {}  # hash -> facts
+CHOSEN: dict[str, dict] = {}  # kernel -> the row that the table last gave it
+
+
+@functools.cache
+def install():
+    """From here on a launch compiles and is recorded."""
+    from fused_lora.triton_kernels import configs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, choose = JITFunction.run, configs.choose
+
+    def compile_only(self, *args, grid, warmup, **meta):
+        record(self.__name__, meta, run(self, *args, grid=grid, warmup=True, **meta))
+
+    def remember(op, kind, sm, sizes):
+        row = choose(op, kind, sm, sizes)
+        if row is not None:
+            chosen = {"op": op, "family": configs.family(sm), "kind": kind, "row": row}
+            CHOSEN[op.removesuffix("_u") + "_kernel"] = chosen
+        return row
+
+    driver.set_active(GPU)
+    JITFunction.run = compile_only
+    configs.choose = remember
+    configs.capability = lambda device: GPU.sm
+
+
+def call(case: Case):
+    """The kernels of one forward or backward of lora_linear, on tensors without memory."""
+    import torch
+    from fused_lora.ops.lora_linear import backward_triton, forward_triton
+
+    dtype = getattr(torch, DTYPES[case.dtype])
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    options = {"p": 0.0, "gate": False, "bias": False, "save_h": False, **CALLS[case.call]}
+    M, R, p = case.M, case.R, options["p"]
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, w, a, b = empty(M, K), empty(N, K), empty(R, K), empty(N, R)
+    gate = empty(R, dtype=torch.float32) if options["gate"] else None
+    seed = empty(1, dtype=torch.int64) if p else None
+    GPU.sm = case.sm
+    if "needs" not in options:
+        bias = empty(N) if options["bias"] else None
+        forward_triton(x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
+    else:
+        dy, h = empty(M, N), empty(M, R)
+        backward_triton(dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype))
+
+
+def tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+LINE = re.compile(r'//## File "(.+)", line (\d+)')
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
+WIDTHS = {".256": 32, ".128": 16, ".64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def read_sass(sass: str) -> dict:
+    """Counts of what matters. A load is counted by its operand: x for a source line with x_ptr or x_ptrs."""
+    counts, loads, source = Counter(), {}, None
+    for text in sass.splitlines():
+        if found := LINE.search(text):
+            # Of a nest of inlined calls the first line is the innermost.
+            source = source or getline(found[1], int(found[2]))
+            operand = re.search(r"(\w+?)_ptrs?\b", source)
+        elif found := INSTRUCTION.search(text):
+            source, (name, operands) = None, found.groups()
+            base = name.split(".")[0]
+            counts[base] += 1
+            counts["HGMMA with a register on the left"] += bool(
+                base == "HGMMA" and re.match(r"\s+R\d+, R\d+, gdesc", operands)
+            )
+            counts["HGMMA that ends a group"] += base == "HGMMA" and "gsb0" in operands
+            if base in ("LDG", "LDGSTS"):
+                width = next((w for mark, w in WIDTHS.items() if mark in name), 4)
+                key = f"{'async' if base == 'LDGSTS' else 'plain'} {width}"
+                loads.setdefault(operand[1] if operand else "?", Counter())[key] += 1
+    return {"counts": counts, "loads": loads}
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Lines of TTIR where an offset is, or is made from, a 32-bit product that can overflow.
+
+    Such are: an offset of tt.addptr that is not i64; and, in what an offset is computed from, an i32 product of two
+    variables, or of a stride and anything.
+    """
+    defined, loops, offsets = {}, [], []
+    for text in ttir.splitlines():
+        line = text.split(" loc(")[0].strip()
+        result = re.match(r"(%[\w.$-]+)(?::\d+)? = ([\w.]+)", line)
+        if line.startswith("}") and loops and " else " not in line:
+            loops.pop()
+        if result:
+            name, op = result.groups()
+            uses = re.findall(r"%[\w.$-]+", line)[1:]
+            defined[name] = (op, uses, line)
+            if op in ("scf.for", "scf.while", "scf.if"):
+                carried = re.findall(r"(%[\w.$-]+) = (%[\w.$-]+)", line.partition("iter_args")[2])
+                for inner, outer in carried:
+                    defined[inner] = ("carried", [outer], line)
+                if op == "scf.for":
+                    counter = line.split(" = scf.for ")[1].split()[0]
+                    defined[counter] = ("counter", uses[1:4], line)
+                loops.append((name, [inner for inner, _ in carried]))
+            if op == "tt.addptr":
+                offsets.append((uses[1], line))
+        elif line.startswith("scf.for"):
+            loops.append((None, []))
+        elif line.startswith("scf.yield") and loops:
+            values = re.findall(r"%[\w.$-]+", line)
+            name, carried = loops[-1]
+            for inner, value in zip(carried, values, strict=False):
+                defined[inner][1].append(value)
+            if name:
+                defined[name][1].extend(values)
+
+    found = [line for _, line in offsets if not re.search(r"(, |x)i64>?$", line)]
+    seen, todo = set(), [use for use, _ in offsets]
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in defined:
+            continue
+        seen.add(name)
+        op, uses, line = defined[name]
+        todo += uses
+        if op == "arith.muli" and re.search(r"(: |x)i32>?$", line):
+            variable = [defined.get(use, ("argument",))[0] != "arith.constant" for use in uses]
+            if all(variable) or any(use.startswith("%stride") for use in uses):
+                found.append(line)
+    return found
+
+
+@functools.cache
+def read(cubin: bytes, ptx: str, ttir: str) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        sass = tool("nvdisasm", "-c", "-g", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "groups": ptx.count("wgmma.commit_group"),
+        "narrow offsets": narrow_offsets(ttir),
+        **read_sass(sass),
+    }
+
+
+def record(name: str, meta: dict, compiled):
+    LAUNCHED.append(compiled.hash)
+    if compiled.hash not in KERNELS:
+        asm, metadata = compiled.asm, compiled.metadata
+        KERNELS[compiled.hash] = {
+            "kernel": name,
+            "sm": GPU.sm,
+            "config": {key: value for key, value in meta.items() if key != "enable_fp_fusion"},
+            "warps": metadata.num_warps,
+            "stages": metadata.num_stages,
+            "shared": metadata.shared,
+            **CHOSEN.get(name, {"op": None}),
+            **read(asm["cubin"], asm["ptx"], asm["ttir"]),
+        }
+
+
+def compile_group(group: list[Case]) -> dict:
+    """{"kernels": {hash: facts}, "cases": {case: hashes}}; "planted" is the group of planted.py."""
+    install()
+    KERNELS.clear()
+    cases = {}
+    if group == PLANTED:
+        import planted
+
+        GPU.sm = planted.SM
+        launches = planted.LAUNCHES.items()
+    else:
+        launches = ((str(case), functools.partial(call, case)) for case in group)
+    for name, launch in launches:
+        LAUNCHED.clear()
+        launch()
+        cases[name] = list(LAUNCHED)
+    return {"kernels": dict(KERNELS), "cases": cases}
+
+
+def main(path: str, extent: str = "default"):
+    by_gpu = itertools.groupby(cases(extent), key=lambda case: (case.sm, case.dtype))
+    groups = [PLANTED, *(list(group) for _, group in by_gpu)]
+    facts = {"kernels": {}, "cases": {}}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for part in pool.imap_unordered(compile_group, groups):
+            for key, found in part.items():
+                facts[key].update(found)
+    Path(path).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
