@@ -1,4 +1,4 @@
-"""What is measured: for each operation its cases, its work in bytes and flops, and the contenders."""
+"""What is measured: for each operation its cases, its flops and bytes, and the contenders."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import fused_lora as fl
 from fused_lora import reference
 
 DIRECTIONS = ("forward", "backward", "both")
-Forward = Callable[[], Tensor]
 
 
 def _runs_anywhere(device: torch.device) -> str | None:
@@ -22,26 +21,28 @@ def _runs_anywhere(device: torch.device) -> str | None:
 class Contender(NamedTuple):
     """One implementation of an operation.
 
-    build(case, *tensors) returns the call that is timed; keep(case, x) is the dropout mask that the call will use
-    under the same state of torch's generator, and unavailable(device) the sentence why it cannot run there.
+    build(case, *tensors) returns the call that is timed. keep(case, x) is the dropout mask that
+    this call uses under the same state of torch's generator. unavailable(device) is the sentence
+    why it cannot run there, or None.
     """
 
-    build: Callable[..., Forward]
+    build: Callable[..., Callable[[], Tensor]]
     keep: Callable[..., Tensor]
     unavailable: Callable[[torch.device], str | None] = _runs_anywhere
 
 
 class Op(NamedTuple):
-    """One operation: tensors(case, device) are the inputs of truth(case, *tensors, keep=None), which defines it.
+    """One operation, defined by truth(case, *tensors, keep=mask or None).
 
-    The gradients that are measured are those of the tensors that require one. flops counts a multiply-add as two.
-    bytes reads every input and writes every output once. The floor is the contender that leaves the adapter out:
-    it is the 1.00 that the others add to, and the only one that truth does not hold for.
+    tensors(case, device) are its inputs; the gradients measured are of those that require one.
+    flops(case, direction) counts a multiply-add as two; bytes(case, direction) reads every input
+    and writes every output once. The floor is the contender without an adapter: the 1.00 that the
+    others add to, and the only one that truth is not asked of. The baseline is what ours replaces.
     """
 
     name: str
     cases: dict[str, list]
-    tensors: Callable[..., tuple[Tensor, ...]]
+    tensors: Callable[..., list[Tensor]]
     truth: Callable[..., Tensor]
     flops: Callable[..., int]
     bytes: Callable[..., int]
@@ -51,9 +52,12 @@ class Op(NamedTuple):
     contenders: dict[str, Contender]
 
 
-class LinearCase(NamedTuple):
-    """x [M, K], weight [N, K] and adapters of rank R, with dropout p."""
+# lora_linear: x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R].
 
+SCALE = 2.0
+
+
+class LinearCase(NamedTuple):
     M: int
     N: int
     K: int
@@ -66,35 +70,33 @@ class LinearCase(NamedTuple):
         return f"M={self.M} {self.N}x{self.K} r={self.R} p={self.p:g} {dtype}"
 
 
-SCALE = 2.0
+def linear_tensors(case: LinearCase, device: torch.device) -> list[Tensor]:
+    """x, the frozen weight, lora_a and lora_b of N(0, 1)."""
+    M, N, K, R, _, dtype = case
+    shapes = {"x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
+    return [
+        torch.randn(shape, device=device, dtype=dtype).requires_grad_(name != "weight")
+        for name, shape in shapes.items()
+    ]
 
 
-def _linear_tensors(case: LinearCase, device: torch.device) -> tuple[Tensor, ...]:
-    """x, the frozen weight, lora_a, lora_b: N(0, 1)."""
-    shapes = (case.M, case.K), (case.N, case.K), (case.R, case.K), (case.N, case.R)
-    tensors = tuple(torch.randn(shape, device=device, dtype=case.dtype) for shape in shapes)
-    for i in (0, 2, 3):
-        tensors[i].requires_grad_()
-    return tensors
-
-
-def _linear_truth(case, x, weight, a, b, keep=None):
+def linear_truth(case, x, weight, a, b, keep=None):
     kept = x if keep is None else x * keep * reference.dropout_scale(case.p)
     return F.linear(x, weight) + SCALE * F.linear(F.linear(kept, a), b)
 
 
-def _linear_flops(case: LinearCase, direction: str) -> int:
+def linear_flops(case: LinearCase, direction: str) -> int:
     M, N, K, R = case[:4]
-    forward = 2 * M * N * K + 2 * M * R * (K + N)
-    backward = 2 * M * N * K + 4 * M * R * (K + N)
+    base, adapter = 2 * M * N * K, 2 * M * R * (K + N)
+    forward, backward = base + adapter, base + 2 * adapter
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def _linear_bytes(case: LinearCase, direction: str) -> int:
+def linear_bytes(case: LinearCase, direction: str) -> int:
     M, N, K, R = case[:4]
-    parameters = N * K + R * (K + N)
-    forward = M * K + parameters + M * N + M * R
-    backward = M * N + M * K + M * R + parameters + M * K + R * (K + N)
+    adapter, h = R * (K + N), M * R
+    forward = M * K + N * K + adapter + M * N + h  # x, weight, adapter -> y, h
+    backward = M * N + M * K + N * K + adapter + h + M * K + adapter  # -> dx, dA, dB
     elements = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
     return elements * case.dtype.itemsize
 
@@ -107,7 +109,7 @@ def _our_keep(case, x):
     return reference.dropout_mask(reference.draw_seed(x.device), *x.shape, case.p)
 
 
-def _floor(case, x, weight, a, b):
+def _base(case, x, weight, a, b):
     return lambda: F.linear(x, weight)
 
 
@@ -120,32 +122,29 @@ def _naive(case, x, weight, a, b):
 
 
 def _peft(case, x, weight, a, b):
-    """PEFT's own module over the same tensors, its adapters in x's dtype."""
+    """PEFT's module with these tensors in it; its adapters have x's dtype, like everyone's."""
     import peft
 
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(case.K, case.N, False, device="meta")})
-    model.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = torch.nn.Sequential(torch.nn.Linear(case.K, case.N, bias=False, device="meta"))
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
     config = peft.LoraConfig(
-        r=case.R, lora_alpha=SCALE * case.R, lora_dropout=case.p, target_modules=["linear"]
+        r=case.R, lora_alpha=SCALE * case.R, lora_dropout=case.p, target_modules=["0"]
     )
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    layer = model.base_model.model.linear
-    # Parameters that are views of a and b: the gradients are asked of a and b themselves.
-    for module, tensor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
-        del module.weight
-        module.weight = tensor
+    layer = peft.get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model[0]
+    for projection, tensor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
+        del projection.weight
+        projection.weight = tensor
     return lambda: layer(x)
 
 
 def _peft_missing(device: torch.device) -> str | None:
-    return None if importlib.util.find_spec("peft") else "peft is not installed (pip install peft)"
+    return None if importlib.util.find_spec("peft") else "it is not installed (pip install peft)"
 
 
 def _ours(backend: str) -> Contender:
     def build(case, x, weight, a, b):
-        return lambda: fl.lora_linear(
-            x, weight, a, b, scale=SCALE, dropout_p=case.p, backend=backend
-        )
+        options = {"scale": SCALE, "dropout_p": case.p, "backend": backend}
+        return lambda: fl.lora_linear(x, weight, a, b, **options)
 
     return Contender(build, _our_keep, lambda device: fl.backends()[backend])
 
@@ -180,15 +179,15 @@ LORA_LINEAR = Op(
         "cuda": _cuda_cases(),
         "cuda quick": [LinearCase(M, 4096, 4096, dtype=torch.bfloat16) for M in (16, 2048)],
     },
-    tensors=_linear_tensors,
-    truth=_linear_truth,
-    flops=_linear_flops,
-    bytes=_linear_bytes,
+    tensors=linear_tensors,
+    truth=linear_truth,
+    flops=linear_flops,
+    bytes=linear_bytes,
     floor="linear",
     baseline="naive",
     ours=("torch", "triton"),
     contenders={
-        "linear": Contender(_floor, _torch_keep),
+        "linear": Contender(_base, _torch_keep),
         "naive": Contender(_naive, _torch_keep),
         "naive again": Contender(_naive, _torch_keep),
         "peft": Contender(_peft, _torch_keep, _peft_missing),

@@ -21,11 +21,15 @@ from linecache import getline
 from pathlib import Path
 
 K, N = 4096, 4096
-# For each bucket of M a rank, so that the short list meets every row of every table.
-BUCKETS = {16: 8, 64: 16, 256: 32, 1024: 64, 8192: 128}
-RANKS = (8, 16, 32, 64, 128, 256)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
-ARCHITECTURES = {"default": (80, 90, 100), "full": (80, 89, 90, 100, 120)}
+# M for each row of segment_gemm, with a rank such that together they meet every row of the other tables.
+BUCKETS = {
+    "half": {16: 8, 64: 16, 256: 32, 1024: 64, 8192: 128},
+    "tf32": {16: 8, 64: 64, 8192: 128},
+    "fp32": {16: 8, 8192: 32},
+}
+RANKS = (8, 16, 32, 64, 128, 256)
+ARCHITECTURES = {"default": (80, 90, 100), "full": (80, 90, 100, 120)}
 # needs: dx, dA, dB, dg.
 CALLS = {
     "forward": {},
@@ -50,18 +54,21 @@ class Case:
 
 
 def cases(extent: str) -> list[Case]:
-    """`default` meets every row of the tables, `full` every rank in every bucket."""
-    if extent == "full":
-        grid = itertools.product(ARCHITECTURES["full"], DTYPES, BUCKETS, RANKS, CALLS)
-        rare = ("backward-frozen-b", "backward-dx")  # of these M changes nothing
-        return [Case(*row) for row in grid if row[2] == max(BUCKETS) or row[4] not in rare]
-    rows = [
-        Case(sm, dtype, M, R, call)
-        for sm, dtype in itertools.product(ARCHITECTURES["default"], ("fp16", "tf32", "fp32"))
-        for M, R in BUCKETS.items()
-        for call in ("forward-all", "backward-all")
-    ]
-    return rows + [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
+    """`default` meets every row of the tables, `full` every rank in every bucket and both 16-bit dtypes."""
+    found = []
+    for sm, dtype in itertools.product(ARCHITECTURES[extent], DTYPES):
+        buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
+        if extent == "full":
+            for M, R, call in itertools.product(buckets, RANKS, CALLS):
+                # Of the last two calls M changes nothing.
+                if M == max(buckets) or not call.startswith(("backward-frozen", "backward-dx")):
+                    found.append(Case(sm, dtype, M, R, call))
+        elif dtype != "bf16":
+            for (M, R), call in itertools.product(buckets.items(), ("forward-all", "backward-all")):
+                found.append(Case(sm, dtype, M, R, call))
+        elif sm == 90:
+            found += [Case(sm, dtype, M, 16, call) for M in (4096, 8192) for call in CALLS]
+    return found
 
 
 class NamedGPU:
@@ -151,13 +158,13 @@ WIDTHS = {".256": 32, ".128": 16, ".64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1
 
 
 def read_sass(sass: str) -> dict:
-    """Counts of what matters. A load is counted by its operand: x for a source line with x_ptr or x_ptrs."""
+    """Counts of instructions, and of loads by operand: x for a source line with x_ptr or x_ptrs."""
     counts, loads, source = Counter(), {}, None
     for text in sass.splitlines():
         if found := LINE.search(text):
             # Of a nest of inlined calls the first line is the innermost.
             source = source or getline(found[1], int(found[2]))
-            operand = re.search(r"(\w+?)_ptrs?\b", source)
+            operand = re.search(r"(?:load\()?(\w+?)(?:_ptrs?\b|,)", source)
         elif found := INSTRUCTION.search(text):
             source, (name, operands) = None, found.groups()
             base = name.split(".")[0]
@@ -169,7 +176,7 @@ def read_sass(sass: str) -> dict:
             if base in ("LDG", "LDGSTS"):
                 width = next((w for mark, w in WIDTHS.items() if mark in name), 4)
                 key = f"{'async' if base == 'LDGSTS' else 'plain'} {width}"
-                loads.setdefault(operand[1] if operand else "?", Counter())[key] += 1
+                loads.setdefault(operand[1], Counter())[key] += 1
     return {"counts": counts, "loads": loads}
 
 

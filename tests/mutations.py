@@ -26,7 +26,7 @@ _server.set_forkserver_preload(
 
 
 class Fault(NamedTuple):
-    """`old`, which `file` holds exactly once, becomes `new`; then `test` must fail by an assertion."""
+    """`old`, which `file` holds exactly once, becomes `new`; then an assertion of `test` fails."""
 
     file: str
     old: str

@@ -1,4 +1,4 @@
-"""Kernels with one fault each, which the checks of test_compiled.py must find."""
+"""A sound kernel, and variants of it with one fault each, for the checks of test_compiled.py to find."""
 
 import functools
 
@@ -9,35 +9,61 @@ import triton.language as tl
 SM = 90
 
 
-def empty(*shape, dtype=torch.float16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 @triton.jit
-def narrow_offset_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + tl.program_id(0) * stride + offs.to(tl.int64))
-    tl.store(y_ptr + offs.to(tl.int64), x)
-
-
-@triton.jit
-def masked_left_kernel(
-    x_ptr, w_ptr, y_ptr, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, KEEP: tl.constexpr
+def matmul_kernel(
+    x_ptr,  # [BLOCK_M, K]
+    w_ptr,  # [BLOCK_N, K]
+    y_ptr,  # fp32 [programs, BLOCK_N, BLOCK_M]
+    stride,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr,
+    NARROW: tl.constexpr,
+    AROUND: tl.constexpr,
 ):
-    """y = f(x) w^T: f is computed in registers, and its result is the left operand."""
-    offs = tl.arange(0, BLOCK).to(tl.int64)
+    """y^T = w x^T, or with LEFT of relu(x): a left operand that is made in registers."""
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_ptrs = x_ptr + offs[:, None] * K + offs_k[None, :]
-    w_ptrs = w_ptr + offs[None, :] * K + offs_k[:, None]
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    x_ptrs = x_ptr + offs_m[:, None] * stride + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride + offs_k[:, None]
+    if not AROUND:
+        tl.assume(K > 0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(0, K, BLOCK_K):
-        x, w = tl.load(x_ptrs), tl.load(w_ptrs)
-        if not KEEP:
+        x = tl.load(x_ptrs)
+        w = tl.load(w_ptrs)
+        if LEFT:
             x = tl.where(x > 0, x, 0.0)
         acc = tl.dot(x, w, acc)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+        x_ptrs += tl.cast(BLOCK_K, tl.int64)
+        w_ptrs += tl.cast(BLOCK_K, tl.int64)
+    pid = tl.program_id(0) if NARROW else tl.program_id(0).to(tl.int64)
+    y_ptrs = y_ptr + pid * stride + offs_n[:, None] * BLOCK_M + offs_m[None, :]
+    tl.store(y_ptrs, tl.trans(acc))
 
 
-LAUNCHES = {}
+def matmul(stride=4096, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3, **faults):
+    x = torch.empty(BLOCK_M, stride, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(BLOCK_N, stride, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(BLOCK_N, BLOCK_M, device="meta")
+    meta = {"LEFT": False, "NARROW": False, "AROUND": False, **faults}
+    matmul_kernel[(1,)](
+        x, w, y, stride, 4096, BLOCK_M, BLOCK_N, 64, num_warps=num_warps, num_stages=num_stages, **meta
+    )
+
+
+LAUNCHES = {
+    name: functools.partial(matmul, **fault)
+    for name, fault in {
+        "sound": {},
+        "spills": {"BLOCK_N": 256, "num_warps": 4},
+        "shared memory": {"num_stages": 8},
+        "unaligned rows": {"stride": 4097},
+        "32-bit offsets": {"NARROW": True},
+        "register on the left of wgmma": {"LEFT": True},
+        "wgmma serialized": {"AROUND": True},
+    }.items()
+}

@@ -15,6 +15,7 @@ import triton
 FAMILIES = {0: "interpreter", 80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 SHARED_MEMORY = {0: 1 << 30, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block
 MAX_BLOCK_R = {"half": 128, "tf32": 128, "fp32": 64}
+BARRIERS = 64  # bytes
 # What a split is sized for: two blocks or so for each multiprocessor of a large GPU.
 BLOCKS_WANTED = 256
 
@@ -101,8 +102,8 @@ def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool
 
 
 def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
-    """Bytes of shared memory a block asks for, at most: the pipelined operands and one tile outside the pipeline."""
-    c = {"BLOCK_R": MAX_BLOCK_R[kind], **config}
+    """Bytes of shared memory that a block takes, at most: the pipelined operands and a tile beside them."""
+    c = {"BLOCK_R": block_of(config.get("max_R", 256), MAX_BLOCK_R[kind]), **config}
     lhs, rhs, step = {
         "segment_gemm": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
         "shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
@@ -112,11 +113,12 @@ def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
     lhs, rhs, step = c[lhs], c[rhs], c[step]
     # mma reads its operands into registers and frees their buffer; the others read them where they lie.
     buffers = c["num_stages"] - (family(sm) == "mma")
-    element = 2 if kind == "half" else 4
+    operands = (lhs + rhs) * step
     if op == "segment_gemm":
-        return element * max(buffers * (lhs + rhs) * step, lhs * rhs)
-    outside = lhs * step if op == "shrink" else (lhs + rhs) * step  # a masked tile; the other operand transposed
-    return element * (buffers * (lhs + rhs) * step + outside)
+        elements = max(buffers * operands, lhs * rhs)  # or y, on its way out
+    else:
+        elements = (buffers + 1) * operands  # a masked or a transposed operand
+    return elements * (2 if kind == "half" else 4) + BARRIERS
 
 
 def valid(op: str, config: dict, sm: int, kind: str) -> bool:

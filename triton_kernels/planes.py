@@ -51,7 +51,7 @@ def sum_planes_kernel(
     h = tl.zeros([BLOCK_I, BLOCK_R], tl.float32)
     for _ in range(S):
         h += tl.load(plane, mask=mask, other=0.0)
-        plane += stride_planes[0]
+        plane += tl.cast(stride_planes[0], tl.int64)
     h *= plain_scale
 
     if h_ptr is not None:

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BACKENDS = ("cuda", "triton", "torch")
 
@@ -87,6 +89,18 @@ def triton_refuses(x: torch.Tensor) -> str | None:
     if major < 8:
         return f"{x.device} has compute capability {major}.{minor}; the Triton kernels need 8.0"
     return None
+
+
+def watched(x: torch.Tensor) -> bool:
+    """True where a call must be a registered op: a compiler or a dispatch mode looks on, or x has
+    no data. In plain eager mode the dispatcher would only add its time.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+    )
 
 
 def never_refuses(x: torch.Tensor) -> str | None:

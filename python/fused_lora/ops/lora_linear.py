@@ -71,7 +71,7 @@ def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save
     y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h)
     if x.ndim != 2:
         y = y.view(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(0) if h is None else h
+    return y, h
 
 
 def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
@@ -93,7 +93,7 @@ def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, ne
         dx = dx.view(x.shape)
     if need_dgate:
         dgate = dgate.to(gate.dtype)
-    return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, da, db, dbias, dgate))
+    return dx, dw, da, db, dbias, dgate
 
 
 def _masked(x, seed, dropout_p):
@@ -108,7 +108,8 @@ def _scaled_mm(alpha: float, lhs: Tensor, rhs: Tensor) -> Tensor:
     """alpha * lhs @ rhs, with alpha applied before the product is rounded."""
     if alpha == 1.0:
         return lhs @ rhs
-    return torch.addmm(lhs.new_zeros(()), lhs, rhs, beta=0, alpha=alpha)
+    # beta = 0: what is added is not read.
+    return torch.addmm(lhs.new_empty(()), lhs, rhs, beta=0, alpha=alpha)
 
 
 def _gated(t: Tensor, gate: Tensor | None) -> Tensor:
@@ -197,15 +198,18 @@ def backward_triton(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs,
     return dx, da, db if need_db else None, dgate
 
 
-for _name, _impl, _fake_impl in (
-    ("lora_linear", _forward, _fake),
-    ("lora_linear_backward", _backward, _fake_backward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_lora::{_name}", _fake_impl, lib=_library)
+def _op_forward(x, *args):
+    return tuple(x.new_empty(0) if t is None else t for t in _forward(x, *args))
 
-_op = torch.ops.fused_lora.lora_linear.default
-_op_backward = torch.ops.fused_lora.lora_linear_backward.default
+
+def _op_backward(dy, x, *args):
+    return tuple(x.new_empty(0) if t is None else t for t in _backward(dy, x, *args))
+
+
+_library.impl("lora_linear", _op_forward, "CompositeExplicitAutograd")
+_library.impl("lora_linear_backward", _op_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_lora::lora_linear", _fake, lib=_library)
+torch.library.register_fake("fused_lora::lora_linear_backward", _fake_backward, lib=_library)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -219,7 +223,10 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, backend):
         save_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
-        y, h = _op(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend)
+        forward = torch.ops.fused_lora.lora_linear if dispatch.watched(x) else _forward
+        y, h = forward(
+            x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend
+        )
         ctx.save_for_backward(x, weight, lora_a, lora_b, gate, h, seed)
         ctx.scale, ctx.dropout_p, ctx.backend = scale, dropout_p, backend
         return y
@@ -229,7 +236,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:6]
         x, weight, lora_a, lora_b, gate, h, seed = ctx.saved_tensors
-        grads = _op_backward(
+        backward = torch.ops.fused_lora.lora_linear_backward if dispatch.watched(x) else _backward
+        grads = backward(
             dy, x, weight, lora_a, lora_b, gate, h, seed, ctx.scale, ctx.dropout_p, needs,
             ctx.backend,
         )  # fmt: skip
@@ -359,7 +367,8 @@ def lora_linear(
     with check.no_autocast(args[0]):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
             return LoRALinearFunction.apply(*args, backend)
-        return _op(*args, False, backend)[0]
+        forward = torch.ops.fused_lora.lora_linear if dispatch.watched(args[0]) else _forward
+        return forward(*args, False, backend)[0]
 
 
 @dispatch.explains("lora_linear")

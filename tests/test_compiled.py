@@ -1,0 +1,174 @@
+"""Every shipped configuration, compiled for the GPUs it is meant for, and what its machine code must hold.
+
+FUSED_LORA_AOT=full compiles every rank, dtype and architecture; else each row of the tables once.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aot import ARCHITECTURES, cases
+
+from fused_lora.triton_kernels import configs
+
+EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
+CASES = cases(EXTENT)
+# The operands that a kernel exists to read.
+BIG = {
+    "segment_gemm_kernel": ("lhs", "rhs"),
+    "shrink_kernel": ("x", "a"),
+    "row_reduce_kernel": ("z",),
+    "sum_planes_kernel": ("plane",),
+    "matmul_kernel": ("x", "w"),
+}
+# wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied, by elements.
+TURNED = {("segment_gemm_kernel", "rhs"), ("row_reduce_kernel", "z"), ("shrink_kernel", "a")}
+REGISTERS = 65536  # of a multiprocessor
+
+pytestmark = pytest.mark.timeout(3600)
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    """What aot.py reads from the cubins, made once also where several workers run the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "compiled.json"
+    with open(folder / "compiled.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            harness = Path(__file__).with_name("aot.py")
+            env = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+            subprocess.run([sys.executable, harness, path, EXTENT], env=env, check=True)
+    return json.loads(path.read_text())
+
+
+def tensor_core(f: dict) -> str:
+    """The instruction that is meant: the family's own for 64 or more rows of a product, else mma.sync's HMMA."""
+    c = f["config"]
+    rows = c["BLOCK_M"] if f["kernel"] == "segment_gemm_kernel" else c["BLOCK_R"]
+    own = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}[f["family"]]
+    return own if rows >= 64 else "HMMA"
+
+
+def shared_limit(sm: int) -> int:
+    """A family's rows serve its smallest GPU."""
+    same = [known for known in configs.SHARED_MEMORY if configs.family(known) == configs.family(sm)]
+    return 1024 * min(configs.SHARED_MEMORY[known] for known in same)
+
+
+def problems(f: dict):
+    """Sentences about what is wrong with a kernel."""
+    counts = f["counts"]
+    if f["stack"] or counts.get("LDL") or counts.get("STL"):
+        yield (
+            f"spills: {f['stack']} bytes of stack, {counts.get('LDL', 0)} local loads, "
+            f"{counts.get('STL', 0)} local stores at {f['registers']} registers"
+        )
+    if f["shared"] > shared_limit(f["sm"]):
+        yield f"shared memory: {f['shared']} bytes of {shared_limit(f['sm'])}"
+    if f["registers"] * 32 * f["warps"] > REGISTERS:
+        yield f"registers: {f['registers']} x {32 * f['warps']} threads do not fit on a multiprocessor"
+    for line in f["narrow offsets"]:
+        yield f"32-bit offset: {line}"
+    if f["stages"] > 1 and counts["HGMMA with a register on the left"]:
+        yield "a pipelined wgmma has a left operand in registers, which ptxas can miscompile"
+    if counts["HGMMA that ends a group"] > f["groups"]:
+        yield f"wgmma is serialized: {counts['HGMMA that ends a group']} groups where {f['groups']} are meant"
+    for operand in BIG.get(f["kernel"], ()):
+        loads = f["loads"].get(operand, {})
+        size = {key: int(key.split()[1]) * n for key, n in loads.items()}
+        wide = sum(size[key] for key in size if key.endswith(" 16"))
+        turned = (
+            f.get("kind") == "tf32" and f["family"] != "mma" and (f["kernel"], operand) in TURNED
+        )
+        if not size or (wide < 0.75 * sum(size.values()) and not turned):
+            yield f"narrow loads of {operand}: {loads}"
+    if f["op"] is None:
+        return
+    row = {**f["row"], **{key: v for key, v in f["config"].items() if key == "BLOCK_R"}}
+    if not configs.valid(f["op"], row, f["sm"], f["kind"]):
+        yield f"configs.valid refuses {row}"
+    estimate = configs.shared_memory(f["op"], row, f["sm"], f["kind"])
+    if f["shared"] > estimate:
+        yield f"shared memory: {f['shared']} bytes where configs.shared_memory says at most {estimate}"
+    found = {name for name in ("HMMA", "HGMMA", "UTCHMMA") if counts.get(name)}
+    if f["kind"] == "fp32" and found:
+        yield f"an IEEE product runs on tensor cores: {found}"
+    if f["kind"] != "fp32" and tensor_core(f) not in found:
+        yield f"{tensor_core(f)} is missing: {found or 'no tensor cores'}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_machine_code(case, facts):
+    kernels = [facts["kernels"][key] for key in facts["cases"][str(case)]]
+    assert kernels
+    wrong = [
+        f"{f['kernel']} for sm_{f['sm']} with {f['config']}, {f['warps']} warps, {f['stages']} stages: {problem}"
+        for f in kernels
+        for problem in problems(f)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+OPS = sorted(configs.table())
+FAMILIES = {configs.family(sm): sm for sm in ARCHITECTURES["default"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", configs.MAX_BLOCK_R)
+def test_every_row_is_compiled(op, family, kind, facts):
+    def frozen(row):
+        return frozenset((k, v) for k, v in row.items() if not k.startswith("max_"))
+
+    compiled = {
+        frozen(f["row"])
+        for f in facts["kernels"].values()
+        if (f["op"], f.get("family"), f.get("kind")) == (op, family, kind)
+    }
+    assert compiled == {frozen(row) for row in configs.rows(op, FAMILIES[family], kind)}
+
+
+@pytest.mark.parametrize("sm", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", configs.MAX_BLOCK_R)
+def test_rows_are_valid(op, kind, sm):
+    rows = configs.rows(op, sm, kind)
+    assert all(configs.valid(op, row, sm, kind) for row in rows)
+    # The last row takes every size; of row_reduce_u every row is bounded.
+    if op != "row_reduce_u":
+        assert not [key for key in rows[-1] if key.startswith("max_")]
+
+
+@pytest.mark.parametrize("call", ["forward", "forward-all", "backward", "backward-all"])
+def test_m_does_not_recompile(call, facts):
+    """Batches of other lengths run the same kernels."""
+    names = (f"sm_90-bf16-M{M}-R16-{call}" for M in (4096, 8192))
+    compiled = [set(facts["cases"][name]) for name in names]
+    assert compiled[0] == compiled[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    {
+        "sound": None,
+        "spills": "spills",
+        "shared memory": "shared memory",
+        "unaligned rows": "narrow loads",
+        "32-bit offsets": "32-bit offset",
+        "register on the left of wgmma": "left operand in registers",
+        "wgmma serialized": "serialized",
+    }.items(),
+)
+def test_planted_faults_are_found(fault, sentence, facts):
+    (key,) = facts["cases"][fault]
+    found = list(problems(facts["kernels"][key]))
+    assert found if sentence else not found, found
+    if sentence:
+        assert any(sentence in problem for problem in found), found
