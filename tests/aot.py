@@ -2,9 +2,9 @@
 
     python tests/aot.py FACTS.json [default|full]
 
-The launchers run on meta tensors under a driver that only names a GPU. Every kernel that they start is compiled
-for that GPU and its cubin is read with the tools in Triton's wheel. It takes a process of its own: what was
-imported under TRITON_INTERPRET cannot be compiled.
+The launchers run on meta tensors under a driver that only names a GPU. Every kernel that they start
+is compiled for that GPU and its cubin is read with the tools in Triton's wheel. It takes a process
+of its own: what was imported under TRITON_INTERPRET cannot be compiled.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pathlib import Path
 
 K, N = 4096, 4096
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
-# M for each row of segment_gemm, with a rank such that together they meet every row of the other tables.
+# An M for each row of segment_gemm; the ranks beside them meet every row of the other tables.
 BUCKETS = {
     "half": {16: 8, 64: 16, 256: 32, 1024: 64, 8192: 128},
     "tf32": {16: 8, 64: 64, 8192: 128},
@@ -54,7 +54,7 @@ class Case:
 
 
 def cases(extent: str) -> list[Case]:
-    """`default` meets every row of the tables, `full` every rank in every bucket and both 16-bit dtypes."""
+    """`default` meets every row of the tables, `full` every rank, bucket, call and dtype."""
     found = []
     for sm, dtype in itertools.product(ARCHITECTURES[extent], DTYPES):
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
@@ -123,6 +123,7 @@ def install():
 def call(case: Case):
     """The kernels of one forward or backward of lora_linear, on tensors without memory."""
     import torch
+
     from fused_lora.ops.lora_linear import backward_triton, forward_triton
 
     dtype = getattr(torch, DTYPES[case.dtype])
@@ -183,8 +184,8 @@ def read_sass(sass: str) -> dict:
 def narrow_offsets(ttir: str) -> list[str]:
     """Lines of TTIR where an offset is, or is made from, a 32-bit product that can overflow.
 
-    Such are: an offset of tt.addptr that is not i64; and, in what an offset is computed from, an i32 product of two
-    variables, or of a stride and anything.
+    Such are an offset of tt.addptr that is not i64 and, in what an offset is computed from, an i32
+    product of two variables or of a stride and anything.
     """
     defined, loops, offsets = {}, [], []
     for text in ttir.splitlines():

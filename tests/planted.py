@@ -1,4 +1,4 @@
-"""A sound kernel, and variants of it with one fault each, for the checks of test_compiled.py to find."""
+"""A sound kernel and variants of it with one fault each, for the checks of test_compiled.py."""
 
 import functools
 
@@ -23,7 +23,8 @@ def matmul_kernel(
     NARROW: tl.constexpr,
     AROUND: tl.constexpr,
 ):
-    """y^T = w x^T, or with LEFT of relu(x): a left operand that is made in registers."""
+    """y^T = w x^T. LEFT: of relu(x), a left operand that is made in registers. NARROW: a program's
+    place in y is a 32-bit product. AROUND: there is a path that misses the loop."""
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -45,14 +46,13 @@ def matmul_kernel(
     tl.store(y_ptrs, tl.trans(acc))
 
 
-def matmul(stride=4096, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3, **faults):
-    x = torch.empty(BLOCK_M, stride, dtype=torch.bfloat16, device="meta")
-    w = torch.empty(BLOCK_N, stride, dtype=torch.bfloat16, device="meta")
-    y = torch.empty(BLOCK_N, BLOCK_M, device="meta")
-    meta = {"LEFT": False, "NARROW": False, "AROUND": False, **faults}
-    matmul_kernel[(1,)](
-        x, w, y, stride, 4096, BLOCK_M, BLOCK_N, 64, num_warps=num_warps, num_stages=num_stages, **meta
-    )
+def matmul(stride=4096, **faults):
+    meta = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    meta |= {"LEFT": False, "NARROW": False, "AROUND": False, **faults}
+    x = torch.empty(meta["BLOCK_M"], stride, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(meta["BLOCK_N"], stride, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(meta["BLOCK_N"], meta["BLOCK_M"], device="meta")
+    matmul_kernel[(1,)](x, w, y, stride, 4096, **meta)
 
 
 LAUNCHES = {

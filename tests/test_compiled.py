@@ -1,6 +1,6 @@
-"""Every shipped configuration, compiled for the GPUs it is meant for, and what its machine code must hold.
+"""Every shipped configuration, compiled for the GPUs it is meant for, and its machine code.
 
-FUSED_LORA_AOT=full compiles every rank, dtype and architecture; else each row of the tables once.
+FUSED_LORA_AOT=full compiles every rank, dtype and architecture; else every row of the tables.
 """
 
 import fcntl
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from aot import ARCHITECTURES, cases
-
 from fused_lora.triton_kernels import configs
 
 EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
@@ -25,7 +24,8 @@ BIG = {
     "sum_planes_kernel": ("plane",),
     "matmul_kernel": ("x", "w"),
 }
-# wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied, by elements.
+# wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied,
+# element by element.
 TURNED = {("segment_gemm_kernel", "rhs"), ("row_reduce_kernel", "z"), ("shrink_kernel", "a")}
 REGISTERS = 65536  # of a multiprocessor
 
@@ -49,7 +49,7 @@ def facts(tmp_path_factory):
 
 
 def tensor_core(f: dict) -> str:
-    """The instruction that is meant: the family's own for 64 or more rows of a product, else mma.sync's HMMA."""
+    """The instruction that is meant: the family's own where a product has 64 rows, else HMMA."""
     c = f["config"]
     rows = c["BLOCK_M"] if f["kernel"] == "segment_gemm_kernel" else c["BLOCK_R"]
     own = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}[f["family"]]
@@ -73,13 +73,13 @@ def problems(f: dict):
     if f["shared"] > shared_limit(f["sm"]):
         yield f"shared memory: {f['shared']} bytes of {shared_limit(f['sm'])}"
     if f["registers"] * 32 * f["warps"] > REGISTERS:
-        yield f"registers: {f['registers']} x {32 * f['warps']} threads do not fit on a multiprocessor"
+        yield f"registers: {f['registers']} x {32 * f['warps']} threads of {REGISTERS}"
     for line in f["narrow offsets"]:
         yield f"32-bit offset: {line}"
     if f["stages"] > 1 and counts["HGMMA with a register on the left"]:
         yield "a pipelined wgmma has a left operand in registers, which ptxas can miscompile"
-    if counts["HGMMA that ends a group"] > f["groups"]:
-        yield f"wgmma is serialized: {counts['HGMMA that ends a group']} groups where {f['groups']} are meant"
+    if (groups := counts["HGMMA that ends a group"]) > f["groups"]:
+        yield f"wgmma is serialized: {groups} groups where {f['groups']} are meant"
     for operand in BIG.get(f["kernel"], ()):
         loads = f["loads"].get(operand, {})
         size = {key: int(key.split()[1]) * n for key, n in loads.items()}
@@ -96,7 +96,7 @@ def problems(f: dict):
         yield f"configs.valid refuses {row}"
     estimate = configs.shared_memory(f["op"], row, f["sm"], f["kind"])
     if f["shared"] > estimate:
-        yield f"shared memory: {f['shared']} bytes where configs.shared_memory says at most {estimate}"
+        yield f"shared memory: {f['shared']} bytes where configs allows for {estimate}"
     found = {name for name in ("HMMA", "HGMMA", "UTCHMMA") if counts.get(name)}
     if f["kind"] == "fp32" and found:
         yield f"an IEEE product runs on tensor cores: {found}"
@@ -109,7 +109,7 @@ def test_machine_code(case, facts):
     kernels = [facts["kernels"][key] for key in facts["cases"][str(case)]]
     assert kernels
     wrong = [
-        f"{f['kernel']} for sm_{f['sm']} with {f['config']}, {f['warps']} warps, {f['stages']} stages: {problem}"
+        f"{f['kernel']} for sm_{f['sm']} with {f['config']}: {problem}"
         for f in kernels
         for problem in problems(f)
     ]

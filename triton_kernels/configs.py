@@ -1,7 +1,7 @@
-"""Which tile a kernel runs with: rows of tuning/default.json, and the closed forms for what follows from sizes.
+"""Which tile a kernel runs with: rows of tuning/default.json, and closed forms of the sizes.
 
-A row is chosen by the GPU's family, the kind of product and the bucket of the sizes; any size on any GPU finds
-one. No choice depends on anything but the arguments, so a result is the same, bit for bit, on every GPU of a family.
+A row is chosen by the GPU's family, the kind of product and the sizes; any size on any GPU finds
+one. Nothing else enters, so a result is the same, bit for bit, on every GPU of a family.
 """
 
 import functools
@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 import triton
 
-# A family is a tensor-core instruction. A GPU belongs to the newest entry that is not newer than itself.
+# A family is a tensor-core instruction; a GPU belongs to the newest entry not newer than itself.
 FAMILIES = {0: "interpreter", 80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
-SHARED_MEMORY = {0: 1 << 30, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block
+# KiB a block, and bytes of it that the barriers of a pipeline may take.
+SHARED_MEMORY = {0: 2**20, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+BARRIERS = 64
+# The widest tile of ranks for each kind of product.
 MAX_BLOCK_R = {"half": 128, "tf32": 128, "fp32": 64}
-BARRIERS = 64  # bytes
 # What a split is sized for: two blocks or so for each multiprocessor of a large GPU.
 BLOCKS_WANTED = 256
 
@@ -62,7 +64,7 @@ def block_of(size: int, cap: int) -> int:
 
 
 def rows(op: str, sm: int, kind: str) -> list[dict]:
-    """The rows of an op, narrowest bounds first. A family that is a string has the rows of the family it names."""
+    """The rows of an op, narrow bounds first. A string names the family that has the same ones."""
     families = table()[op]
     found = families[family(sm)]
     return (families[found] if isinstance(found, str) else found)[kind]
@@ -82,27 +84,33 @@ def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
 
 
 def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
-    """K is split until there are BLOCKS_WANTED blocks, but no split is shorter than one K step."""
+    """K is split until there are BLOCKS_WANTED blocks, but not below one K step."""
     row = choose("shrink", kind(dtype), sm, (("R", R),))
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(R, block_r)
-    steps = triton.cdiv(K, row["BLOCK_K"])
-    return row | {"BLOCK_R": block_r, "SPLIT_K": max(1, min(BLOCKS_WANTED // max(1, blocks), steps))}
+    split = min(BLOCKS_WANTED // max(1, blocks), triton.cdiv(K, row["BLOCK_K"]))
+    return row | {"BLOCK_R": block_r, "SPLIT_K": max(1, split)}
 
 
-def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False) -> dict | None:
-    """M is split into ROWS until there are BLOCKS_WANTED blocks. None: u is better made by a shrink of its own."""
+def row_reduce(
+    M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False
+) -> dict | None:
+    """M is split into ROWS until there are BLOCKS_WANTED blocks.
+
+    None: for this rank u costs less as a shrink of its own.
+    """
     row = choose("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
     if row is None:
         return None
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(C, row["BLOCK_C"]) * triton.cdiv(R, block_r)
-    steps = triton.cdiv(M, max(1, BLOCKS_WANTED // max(1, blocks)) * row["BLOCK_M"])
-    return row | {"BLOCK_R": block_r, "ROWS": max(1, steps) * row["BLOCK_M"]}
+    split = max(1, BLOCKS_WANTED // max(1, blocks))
+    steps = max(1, triton.cdiv(M, split * row["BLOCK_M"]))
+    return row | {"BLOCK_R": block_r, "ROWS": steps * row["BLOCK_M"]}
 
 
 def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
-    """Bytes of shared memory that a block takes, at most: the pipelined operands and a tile beside them."""
+    """Bytes of shared memory that a block takes, at most."""
     c = {"BLOCK_R": block_of(config.get("max_R", 256), MAX_BLOCK_R[kind]), **config}
     lhs, rhs, step = {
         "segment_gemm": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
@@ -110,12 +118,11 @@ def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
         "row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
         "row_reduce_u": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
     }[op]
-    lhs, rhs, step = c[lhs], c[rhs], c[step]
-    # mma reads its operands into registers and frees their buffer; the others read them where they lie.
+    operands = (c[lhs] + c[rhs]) * c[step]
+    # mma reads its operands into registers and frees their buffer; the others read from the buffer.
     buffers = c["num_stages"] - (family(sm) == "mma")
-    operands = (lhs + rhs) * step
     if op == "segment_gemm":
-        elements = max(buffers * operands, lhs * rhs)  # or y, on its way out
+        elements = max(buffers * operands, c[lhs] * c[rhs])  # or y, on its way out
     else:
         elements = (buffers + 1) * operands  # a masked or a transposed operand
     return elements * (2 if kind == "half" else 4) + BARRIERS

@@ -1,7 +1,8 @@
-"""The dropout mask: Philox4x32-7, key = seed, counter = m * ceil(K / 8) + k // 8, 16 bits an element.
+"""The dropout mask: Philox4x32-7, key = seed, counter = m * ceil(K / 8) + k // 8.
 
-One Philox call serves the 8 elements (m, 8c .. 8c + 7). Its answer is handled as a byte of keep bits, bit l for
-element 8c + l: the kernels that need the mask expand bytes, those that hand it on store them.
+One Philox call serves the 8 elements (m, 8c .. 8c + 7), 16 bits each. Its answer is handled as a
+byte of keep bits, bit l for element 8c + l: the kernels that need the mask expand bytes, those that
+hand it on store them.
 """
 
 import torch
@@ -13,7 +14,7 @@ from .launch import launch
 
 @triton.jit
 def keep_bits(seed, offs_m, offs_call, calls, threshold):
-    """Keep bits of the 8-element groups (offs_m, offs_call): int32 [len(offs_m), len(offs_call)]."""
+    """Keep bits of the groups of 8 (offs_m, offs_call): int32 [len(offs_m), len(offs_call)]."""
     counter = offs_m[:, None].to(tl.int64) * calls + offs_call[None, :]
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)

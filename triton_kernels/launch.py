@@ -14,9 +14,9 @@ def launch(kernel, grid, device: torch.device, *args, **meta) -> None:
 
 
 def exact(sizes: tuple[int, ...]) -> tuple:
-    """`sizes` with each that is an odd multiple of 8 and no larger than a rank made part of the kernel.
+    """Ranks, and strides that may be ranks: an odd multiple of 8 becomes a part of the kernel.
 
-    Triton takes the alignment of an argument from its divisibility by 16 alone: the rows of a rank 8 would be read
-    two bytes at a time.
+    Of an argument Triton learns only whether 16 divides it: rows of 8 elements would be read one by
+    one.
     """
     return tuple(tl.constexpr(n) if n % 16 == 8 and n < 256 else n for n in sizes)

@@ -1,9 +1,12 @@
-"""Sums of partial results in a fixed order, so that no result depends on which block came last.
+"""Sums of partial results in a fixed order.
 
-    h = plain_scale * sum_s planes[s]      t = scale * gate * h      dot_r = scale * sum_i w[i, r] h[i, r]
+    h = plain_scale * sum_s planes[s]
+    t = scale * gate * h
+    dot_r = scale * sum_i w[i, r] h[i, r]
+
+No result depends on which block came last.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -63,7 +66,9 @@ def sum_planes_kernel(
         tl.store(out, t.to(t_ptr.dtype.element_ty), mask=mask)
     if dot_ptr is not None:
         w = tl.load(
-            w_ptr + offs_i[:, None] * stride_w[0] + offs_r[None, :] * stride_w[1], mask=mask, other=0.0
+            w_ptr + offs_i[:, None] * stride_w[0] + offs_r[None, :] * stride_w[1],
+            mask=mask,
+            other=0.0,
         )
         dot = scale * tl.sum(h * w.to(tl.float32), axis=0)
         tl.store(dot_ptr + pid_i * R + offs_r, dot, mask=mask_r)

@@ -1,10 +1,10 @@
-"""P = drop(z)^T v, a sum over the M rows with a skinny result; and from the same read of z, u = z w.
+"""P = drop(z)^T v, a sum over the M rows with a skinny result; u = z w from the same read of z.
 
-    dA^T = drop(x)^T dh          z = x, v = dh; the mask is regenerated, and written as bits for dx
+    dA^T = drop(x)^T dh          z = x, v = dh; the mask is made again, and kept as bits for dx
     P = dy^T h, u = dy B         z = dy, v = h, w = B
 
-A block owns ROWS rows x BLOCK_C columns of z and keeps its part of P in registers; parts of P and u go to fp32
-planes that are added in order.
+A block owns `rows` rows x BLOCK_C columns of z and keeps its part of P in registers; parts of P and
+u go to fp32 planes that are added in order.
 """
 
 import torch
@@ -101,10 +101,10 @@ def row_reduce_kernel(
 
 
 def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
-    """fp32 planes of P^T [row blocks, R, C] and, where w [C, R] is given, of u [column blocks, M, R].
+    """fp32 planes of P^T [row blocks, R, C] and, where w is given, of u [column blocks, M, R].
 
-    z [M, C], v [M, R], any strides. dropout is None or (seed int64 [1], threshold) and masks z; bits
-    uint8 [M, ceil(C / 8)] then receives the mask.
+    z [M, C], v [M, R], w [C, R], any strides. dropout is None or (seed int64 [1], threshold) and
+    masks z; bits uint8 [M, ceil(C / 8)] then receives the mask.
     """
     (M, C), R = z.shape, v.shape[1]
     sm = configs.capability(z.device)
@@ -142,11 +142,11 @@ def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
 
 
 def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False, db_dtype=None):
-    """(dh [M, R], dB [N, R], dg fp32 [R]) from ONE read of dy [M, N].
+    """(dh [M, R], dB [N, R], dg fp32 [R]) from ONE read of dy [M, N]; with P = dy^T h
 
-    dh = scale * g ⊙ (dy B)     dB = scale * P diag(g)     dg_r = scale * sum_n B_nr P_nr,  P = dy^T h
+        dh = scale * g ⊙ (dy B)     dB = scale * P diag(g)     dg_r = scale * sum_n B_nr P_nr
 
-    The planes of u grow with R; where they would cost more than a second read of dy, dh is a shrink.
+    The planes of u grow with R. Where they cost more than a second read of dy, dh is a shrink.
     """
     sm = configs.capability(dy.device)
     together = need_dh and configs.row_reduce(*dy.shape, h.shape[1], dy.dtype, sm, with_u=True)
@@ -158,9 +158,7 @@ def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False,
         dh = torch.empty_like(h)
         sum_planes(u, scale=scale, gate=gate, t=dh)
     db = torch.empty(b.shape, dtype=db_dtype or b.dtype, device=b.device)
-    dgate = sum_planes(
-        p.transpose(1, 2), scale=scale, gate=gate, t=db, w=b if need_dgate else None
-    )
+    dgate = sum_planes(p.transpose(1, 2), scale=scale, gate=gate, t=db, w=b if need_dgate else None)
     return dh, db, dgate
 
 

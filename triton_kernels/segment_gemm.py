@@ -1,7 +1,7 @@
 """y = bias + sum_i L_i R_i^T, every segment into one fp32 accumulator, rounded once.
 
     forward   (x, W0), (t, B)            dx   (dy, W0^T), (dh, A^T)
-    masked dx (dh, A^T), D ⊙ ., (dy, W0^T)    with D = keep * keep_scale: the mask is on the output side
+    masked dx (dh, A^T), D ⊙ ., (dy, W0^T)    with D = keep * keep_scale, on the output side
 
 A segment is a pair L [M, K_i], R [N, K_i] of any strides: W0^T is W0 read as it lies.
 """
@@ -117,10 +117,10 @@ def segment_gemm_kernel(
 
 
 def segment_gemm(segments, *, bias=None, mask=None, config=None):
-    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]) in `segments`, in their order.
+    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
 
-    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the accumulator is
-    multiplied by keep * keep_scale.
+    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
+    accumulator is multiplied by keep * keep_scale.
     """
     lhs, rhs = zip(*segments, strict=True)
     M, N = lhs[0].shape[0], rhs[0].shape[0]

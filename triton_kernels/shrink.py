@@ -1,7 +1,7 @@
 """h = drop(x) A^T   and   t = scale * g ⊙ h.
 
-x [M, K] is read once. K is split over blocks where M alone does not fill the device: each split writes an fp32
-plane [M, R] and the planes are added in order.
+x [M, K] is read once. K is split over blocks where M alone does not fill the device: each split
+writes an fp32 plane [M, R] and the planes are added in order.
 """
 
 import torch
@@ -54,8 +54,8 @@ def shrink_kernel(
         seed = tl.load(seed_ptr)
         offs_call = first // 8 + tl.arange(0, BLOCK_K // 8)
 
-    # h^T = A drop(x)^T: the masked x is the RIGHT operand. ptxas before 13.3 can miscompile a pipelined wgmma
-    # whose LEFT operand was computed in registers.
+    # h^T = A drop(x)^T: the masked x is the RIGHT operand. ptxas before 13.3 can miscompile a
+    # pipelined wgmma whose LEFT operand was computed in registers.
     acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     for _ in range(0, columns, BLOCK_K):
         mask_k = offs_k < K
@@ -86,8 +86,8 @@ def shrink_kernel(
 def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=None):
     """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a [R, K] of any strides.
 
-    dropout is None or (seed int64 [1], threshold, keep_scale): an element is kept iff its 16-bit lane reaches
-    the threshold, and keep_scale multiplies h.
+    dropout is None or (seed int64 [1], threshold, keep_scale): an element is kept iff its 16-bit
+    lane reaches the threshold, and keep_scale multiplies h.
     """
     (M, K), R = x.shape, a.shape[0]
     c = dict(config or configs.shrink(M, K, R, x.dtype, configs.capability(x.device)))
