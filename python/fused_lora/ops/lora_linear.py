@@ -7,6 +7,7 @@ With h = drop(x) A^T, D = mask / (1 - p) and dh = scale * (dy B) * g:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +368,9 @@ def lora_linear(
     with check.no_autocast(args[0]):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
             return LoRALinearFunction.apply(*args, backend)
-        forward = torch.ops.fused_lora.lora_linear if dispatch.watched(args[0]) else _forward
+        forward: Callable = _forward
+        if dispatch.watched(args[0]):
+            forward = torch.ops.fused_lora.lora_linear
         return forward(*args, False, backend)[0]
 
 
