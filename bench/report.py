@@ -15,6 +15,8 @@ import torch
 from bench.measure import Interleaved, Spread
 from bench.registry import DIRECTIONS, Op
 
+SETTINGS = "FUSED_LORA_BENCH", "OMP_NUM_THREADS"
+
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the numbers hold for."""
@@ -23,7 +25,8 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-        name = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        name = f"{model}, {os.cpu_count()} cores, torch threads: {torch.get_num_threads()}"
+    settings = [f"{k}={v}" for k, v in os.environ.items() if k in SETTINGS]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
         "device": name,
@@ -31,7 +34,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+        "command": shlex.join([*settings, "python", "-m", "pytest", *sys.argv[1:]]),
         "load average": f"{os.getloadavg()[1]:.1f}, this run included",
     }
 

@@ -194,7 +194,7 @@ def fused_runs(injected: GPT, s: Settings) -> list[Run]:
 
 
 def sora_run(base: GPT, s: Settings) -> Run:
-    """Starts with twice the rank; the proximal step closes the gates that do not earn their keep."""
+    """Starts with twice the rank; the proximal step closes gates that do not earn their keep."""
     model = inject(base, 2 * s.rank, gate=True)
     gates = [m.gate for m in model.modules() if isinstance(m, fl.nn.SoRALinear)]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
@@ -351,8 +351,9 @@ def main() -> int:
             checks, tasks, swap_ms = serve(base, ours[0], other, texts, s)
 
     checks = check_curves(naive, reversed_rows, ours) + checks
+    parameters = sum(p.numel() for p in base.parameters())
     results = {
-        "title": f"{sum(p.numel() for p in base.parameters()):,} parameters, {machine(device, dtype)}",
+        "title": f"{parameters:,} parameters, {machine(device, dtype)}",
         "base": {"code": pretrain.bits[-1][1], "prose": full.bits[0][1]},
         "methods": {run.name: run.row() for run in runs},
         "curves": {run.name: run.bits for run in runs if run is not reversed_rows},

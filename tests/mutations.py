@@ -4,6 +4,7 @@ Every run is a process of its own, forked from a server that has loaded torch an
 of fused_lora.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -70,6 +71,7 @@ class _Outcomes(dict):
 
 
 def _run_tests(source: Path, tests: list[str], sender) -> None:
+    gc.freeze()  # what the server loaded outlives this process
     log = os.open(source / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
