@@ -42,8 +42,8 @@ PRESETS = {
         lora_lr=5e-3, gate_lr=1.0, sparsity=3e-3, rank=4, code_bytes=500_000,
     ),
     "cpu": Settings(
-        width=128, layers=4, heads=4, hidden=352, context=128, batch=8, pretrain_steps=900,
-        adapt_steps=240, segment=20, held_out_windows=64, pretrain_lr=3e-3, full_lr=1e-3,
+        width=128, layers=4, heads=4, hidden=352, context=128, batch=8, pretrain_steps=750,
+        adapt_steps=200, segment=20, held_out_windows=64, pretrain_lr=3e-3, full_lr=1e-3,
         lora_lr=4e-3, gate_lr=1.0, sparsity=3e-3, rank=8,
     ),
     "cuda": Settings(

@@ -109,7 +109,7 @@ def install():
 
     def remember(op, kind, sm, sizes):
         row = choose(op, kind, sm, sizes)
-        if row is not None:
+        if row:
             chosen = {"op": op, "family": configs.family(sm), "kind": kind, "row": row}
             CHOSEN[op.removesuffix("_u") + "_kernel"] = chosen
         return row

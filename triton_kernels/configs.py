@@ -71,12 +71,12 @@ def rows(op: str, sm: int, kind: str) -> list[dict]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dict | None:
-    """The first row whose bounds hold all sizes, without its bounds; None where no row does."""
+def choose(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> dict:
+    """The first row whose bounds hold all sizes, without its bounds; empty where no row does."""
     for row in rows(op, sm, kind):
         if all(size <= row.get(f"max_{name}", size) for name, size in sizes):
             return {key: value for key, value in row.items() if not key.startswith("max_")}
-    return None
+    return {}
 
 
 def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
@@ -92,16 +92,14 @@ def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
     return row | {"BLOCK_R": block_r, "SPLIT_K": max(1, split)}
 
 
-def row_reduce(
-    M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False
-) -> dict | None:
+def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False) -> dict:
     """M is split into ROWS until there are BLOCKS_WANTED blocks.
 
-    None: for this rank u costs less as a shrink of its own.
+    Empty: for this rank u costs less as a shrink of its own.
     """
     row = choose("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
-    if row is None:
-        return None
+    if not row:
+        return {}
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(C, row["BLOCK_C"]) * triton.cdiv(R, block_r)
     split = max(1, BLOCKS_WANTED // max(1, blocks))
