@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -322,7 +323,9 @@ def main() -> int:
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     s = PRESETS["quick" if arguments.quick else device.type]
     torch.manual_seed(s.seed)
-    console, seconds = Console(), {}
+    # A terminal folds what is too wide for it; a file does not.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    seconds: dict[str, float] = {}
     code, codecs = stdlib_sources(s, codecs=False), stdlib_sources(s, codecs=True)
     texts = {"prose": reference_prose(), "codec tables": codecs}
 

@@ -2,6 +2,9 @@
 
 A row is chosen by the GPU's family, the kind of product and the sizes; any size on any GPU finds
 one. Nothing else enters, so a result is the same, bit for bit, on every GPU of a family.
+
+A row's maxnreg is what its shared memory leaves to a block: left alone, ptxas aims for more blocks
+on a multiprocessor than fit, and spills for it.
 """
 
 import functools
