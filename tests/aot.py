@@ -66,9 +66,8 @@ def cases(extent: str) -> list[Case]:
         elif dtype != "bf16":
             for (M, R), call in itertools.product(buckets.items(), ("forward-all", "backward-all")):
                 found.append(Case(sm, dtype, M, R, call))
-        elif sm == 90:
-            found += [Case(sm, dtype, M, 16, call) for M in (4096, 8192) for call in CALLS]
-    return found
+    found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
+    return list(dict.fromkeys(found))
 
 
 class NamedGPU:
