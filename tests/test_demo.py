@@ -1,4 +1,4 @@
-"""The demo runs from end to end, its checks hold, and one that does not is told by the exit code."""
+"""The demo runs from end to end; a check that does not hold ends in an error."""
 
 import json
 import os

@@ -525,9 +525,21 @@ FAULTS = {
     ),
     "autocast rounds the gate": Fault(
         OP,
-        "lora_a, lora_b = (check.autocast_adapter(t, dtype) for t in (lora_a, lora_b))",
-        "gate = gate.to(dtype)",
+        "_check(*tensors, gate, scale, dropout_p, seed)\n",
+        "_check(*tensors, gate, scale, dropout_p, seed)\n        gate = gate.to(x.dtype)\n",
         EDGE.format("test_master_gradients_are_not_rounded_to_16_bits"),
+    ),
+    "a usual call under autocast": Fault(
+        OP,
+        "and not check.autocasting(x))",
+        ")",
+        "test_lora_linear.py::test_autocast_is_that_of_linear[dtype0-cpu]",
+    ),
+    "a usual call with a probability above one": Fault(
+        OP,
+        "0.0 <= dropout_p <= 1.0 and seed is None",
+        "0.0 <= dropout_p and seed is None",
+        "test_lora_linear.py::test_bad_input[p above one]",
     ),
     # The proximal step: the published code of SoRA has the first of these two.
     "soft threshold: gates up to 2 xi are zeroed": Fault(

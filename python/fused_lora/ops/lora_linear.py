@@ -246,20 +246,34 @@ class LoRALinearFunction(torch.autograd.Function):
         return *wanted, None, None, None, None
 
 
-def _prepare(
-    x,
-    weight,
-    lora_a,
-    lora_b,
-    bias=None,
-    *,
-    scale,
-    gate=None,
-    dropout_p=0.0,
-    training=True,
-    seed=None,
-):
-    """Check every argument; return the tensors as the op takes them, before autocast."""
+def _usual(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed) -> bool:
+    """True only where every check of _prepare passes and autocast has nothing to do.
+
+    Most calls are such, and small ones last no longer than their checks: one look, no messages.
+    """
+    optional = [t for t in (bias, gate) if t is not None]
+    if not check.all_plain(x, weight, lora_a, lora_b, *optional):
+        return False
+    dtype, device, known = x.dtype, x.device, (x.dtype, torch.float32)
+    if not weight.ndim == lora_a.ndim == 2 or x.ndim == 0:
+        return False
+    (N, K), R = weight.shape, lora_a.shape[0]
+    return (
+        (x.shape[-1] == lora_a.shape[1] == K and lora_b.shape == (N, R) and R > 0)
+        and (bias is None or (bias.shape == (N,) and bias.dtype == dtype))
+        and (gate is None or (gate.shape == (R,) and gate.dtype in known))
+        and (weight.dtype == dtype and lora_a.dtype in known and lora_b.dtype in known)
+        and weight.device == lora_a.device == lora_b.device == device
+        and (bias is None or bias.device == device)
+        and (gate is None or gate.device == device)
+        and (type(scale) is float and -check.LARGEST <= scale <= check.LARGEST)
+        and (type(dropout_p) is float and 0.0 <= dropout_p <= 1.0 and seed is None)
+        and (dtype in check.DTYPES and not check.autocasting(x))
+    )
+
+
+def _check(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed):
+    """Raise for the first argument that is wrong; return the tensors as autocast has them."""
     op = "lora_linear"
     for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         check.check_tensor(op, name, t)
@@ -302,11 +316,31 @@ def _prepare(
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
         if t is not None:
             check.check_adapter_dtype(op, name, t, x)
+    return x, weight, lora_a, lora_b, bias
 
+
+def _prepare(
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    bias=None,
+    *,
+    scale,
+    gate=None,
+    dropout_p=0.0,
+    training=True,
+    seed=None,
+):
+    """The op's arguments, checked, after autocast."""
+    tensors = x, weight, lora_a, lora_b, bias
+    if not _usual(*tensors, gate, scale, dropout_p, seed):
+        x, weight, lora_a, lora_b, bias = _check(*tensors, gate, scale, dropout_p, seed)
     if isinstance(scale, Tensor):
         # A scale that lives on the device goes into the gate, so that its value is never read by
         # the host.
-        gate = (x.new_ones(R, dtype=torch.float32) if gate is None else gate) * scale.to(x.device)
+        ones = x.new_ones(lora_a.shape[0], dtype=torch.float32)
+        gate = (ones if gate is None else gate) * scale.to(x.device)
         scale = 1.0
     dropping = training and dropout_p > 0
     if not dropping:
@@ -316,6 +350,15 @@ def _prepare(
     elif isinstance(seed, int):
         seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     return x, weight, lora_a, lora_b, bias, gate, seed, float(scale), float(dropout_p)
+
+
+def _run(x, weight, lora_a, lora_b, bias, gate, *options) -> Tensor:
+    tensors = x, weight, lora_a, lora_b, bias, gate
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return LoRALinearFunction.apply(*tensors, *options)
+    *options, backend = options
+    forward: Callable = torch.ops.fused_lora.lora_linear if dispatch.watched(x) else _forward
+    return forward(*tensors, *options, False, backend)[0]
 
 
 def lora_linear(
@@ -365,13 +408,11 @@ def lora_linear(
         x, weight, lora_a, lora_b, bias, scale=scale, gate=gate, dropout_p=dropout_p,
         training=training, seed=seed,
     )  # fmt: skip
-    with check.no_autocast(args[0]):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
-            return LoRALinearFunction.apply(*args, backend)
-        forward: Callable = _forward
-        if dispatch.watched(args[0]):
-            forward = torch.ops.fused_lora.lora_linear
-        return forward(*args, False, backend)[0]
+    if not check.autocasting(args[0]):
+        return _run(*args, backend)
+    # The op's own products are in the dtypes it was given.
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _run(*args, backend)
 
 
 @dispatch.explains("lora_linear")

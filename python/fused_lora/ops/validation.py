@@ -3,7 +3,6 @@
 Each names the argument, what came and what is wanted.
 """
 
-import contextlib
 import sys
 
 import torch
@@ -14,11 +13,18 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-_LARGEST = sys.float_info.max
+LARGEST = sys.float_info.max
 
 
 def names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def all_plain(*values) -> bool:
+    """True only where check_tensor passes for each, but for its dtype."""
+    return forward_ad._current_level < 0 and all(
+        type(t) in _PLAIN and t.layout is torch.strided for t in values
+    )
 
 
 def check_tensor(op: str, name: str, value, dtypes=DTYPES) -> None:
@@ -78,7 +84,7 @@ def check_scale(op: str, scale) -> None:
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float or a 0-d tensor, got {type(scale).__name__}")
-    elif not -_LARGEST <= scale <= _LARGEST:  # math.isfinite, which torch.compile traces as well
+    elif not -LARGEST <= scale <= LARGEST:  # math.isfinite, which torch.compile traces as well
         raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
@@ -112,12 +118,14 @@ def check_same_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
         )
 
 
+def autocasting(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast would compute F.linear(x, ...) in, or None where it is off."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type) if autocasting(x) else None
 
 
 def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -128,11 +136,3 @@ def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def autocast_adapter(t: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 masters stay: the op casts them itself and gives their gradients back in fp32."""
     return t if t.dtype in (torch.float32, torch.float64) else t.to(dtype)
-
-
-def no_autocast(x: Tensor):
-    """The op's own products are in the dtypes they were given."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
