@@ -435,9 +435,10 @@ def test_autocast(backend, x_dtype, adapter_dtype, autocast_dtype):
     tensors = leaves(tuple(t.to(d) for t, d in zip(tensors, as_dtype, strict=True)))
     dy = guarded((33, 50), dtype=autocast_dtype, device=DEVICE)
     with torch.autocast(DEVICE, dtype=autocast_dtype):
-        ours = run(fl.lora_linear, tensors, dy, backend=backend)
         plain = F.linear(tensors[0], tensors[1], tensors[4])
-    assert ours[0].dtype == plain.dtype == autocast_dtype
+        y = fl.lora_linear(*tensors[:5], gate=tensors[5], scale=SCALE, backend=backend)
+        assert y.dtype == plain.dtype == autocast_dtype
+        ours = run(fl.lora_linear, tensors, dy, backend=backend)
     assert [g.dtype for g in ours[1:]] == list(as_dtype)
     cast = converted(tensors, lambda t: t.to(autocast_dtype) if t.shape != (8,) else t)
     truth = run(fl.reference.lora_linear, converted(cast, torch.Tensor.double), dy.double())

@@ -533,7 +533,7 @@ FAULTS = {
         OP,
         "and not check.autocasting(x))",
         ")",
-        "test_lora_linear.py::test_autocast_is_that_of_linear[dtype0-cpu]",
+        "test_lora_linear.py::test_autocast[autocast_dtype0-adapter_dtype0-x_dtype0-torch]",
     ),
     "a usual call with a probability above one": Fault(
         OP,

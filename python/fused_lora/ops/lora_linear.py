@@ -352,13 +352,11 @@ def _prepare(
     return x, weight, lora_a, lora_b, bias, gate, seed, float(scale), float(dropout_p)
 
 
-def _run(x, weight, lora_a, lora_b, bias, gate, *options) -> Tensor:
-    tensors = x, weight, lora_a, lora_b, bias, gate
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return LoRALinearFunction.apply(*tensors, *options)
-    *options, backend = options
-    forward: Callable = torch.ops.fused_lora.lora_linear if dispatch.watched(x) else _forward
-    return forward(*tensors, *options, False, backend)[0]
+def _run(args, backend: str) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
+        return LoRALinearFunction.apply(*args, backend)
+    forward: Callable = torch.ops.fused_lora.lora_linear if dispatch.watched(args[0]) else _forward
+    return forward(*args, False, backend)[0]
 
 
 def lora_linear(
@@ -409,10 +407,10 @@ def lora_linear(
         training=training, seed=seed,
     )  # fmt: skip
     if not check.autocasting(args[0]):
-        return _run(*args, backend)
+        return _run(args, backend)
     # The op's own products are in the dtypes it was given.
     with torch.autocast(args[0].device.type, enabled=False):
-        return _run(*args, backend)
+        return _run(args, backend)
 
 
 @dispatch.explains("lora_linear")
