@@ -206,15 +206,16 @@ class NinjaBuild(build_ext):
 
 
 TOOLS = plan()
-KERNELS = "fused_lora.triton_kernels"
+KERNELS, BENCH = "fused_lora.triton_kernels", "fused_lora.bench"
 
 setup(
-    # triton_kernels/ is a subpackage here: as a top-level name it belongs to another project.
-    package_dir={"": "python", KERNELS: "triton_kernels"},
+    # Subpackages here: as top-level names they belong to other projects.
+    package_dir={"": "python", KERNELS: "triton_kernels", BENCH: "bench"},
     packages=[
         *find_packages("python"),
         KERNELS,
         *(f"{KERNELS}.{p}" for p in find_packages("triton_kernels")),
+        BENCH,
     ],
     package_data={KERNELS: ["tuning/*.json"]},
     ext_modules=[Extension("fused_lora._C", SOURCES, py_limited_api=True)] if TOOLS else [],

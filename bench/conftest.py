@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from bench.measure import DEVICE
-from bench.report import Report, machine
+from fused_lora.bench.measure import DEVICE
+from fused_lora.bench.report import Report, machine
 
 MEASURED = pytest.StashKey[dict]()
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from fused_lora.bench.registry import DIRECTIONS, Contender, Op
 from torch import Tensor
 
-from bench.registry import DIRECTIONS, Contender, Op
 from fused_lora.testing import assert_accurate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-
-from bench.measure import Interleaved, Spread
-from bench.registry import DIRECTIONS, Op
+from fused_lora.bench.measure import Interleaved, Spread
+from fused_lora.bench.registry import DIRECTIONS, Op
 
 SETTINGS = "FUSED_LORA_BENCH", "OMP_NUM_THREADS"
 

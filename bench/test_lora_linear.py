@@ -3,10 +3,9 @@
 import os
 
 import pytest
-
-from bench.measure import DEVICE, Interleaved
-from bench.registry import LORA_LINEAR as OP
-from bench.report import rows
+from fused_lora.bench.measure import DEVICE, Interleaved
+from fused_lora.bench.registry import LORA_LINEAR as OP
+from fused_lora.bench.report import rows
 
 QUICK = " quick" if os.environ.get("FUSED_LORA_BENCH") == "quick" else ""
 

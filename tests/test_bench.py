@@ -1,20 +1,15 @@
 """The benchmarks' own arithmetic, their gate and their report."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEVICE
+from fused_lora.bench.measure import Interleaved, Spread, gate
+from fused_lora.bench.registry import DIRECTIONS, LinearCase
+from fused_lora.bench.registry import LORA_LINEAR as OP
+from fused_lora.bench.report import Report, machine, rows
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the package
-
-from bench.measure import Interleaved, Spread, gate
-from bench.registry import DIRECTIONS, LinearCase
-from bench.registry import LORA_LINEAR as OP
-from bench.report import Report, machine, rows
 
 pytest.importorskip("rich")
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CAN_BUILD = shutil.which("nvcc") and Path(sysconfig.get_path("include"), "Python.h").exists()
 SHIPPED = (
+    "bench",
     "csrc",
     "python",
     "triton_kernels",
@@ -74,10 +75,10 @@ def test_wheel_without_the_extension(checkout):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names} == {"fused_lora", "fused_lora-0.1.0.dist-info"}
     assert not [n for n in names if n.endswith(".so")]
-    for source in ("python/fused_lora", "triton_kernels"):
+    for source in ("python/fused_lora", "triton_kernels", "bench"):
         for file in (checkout / source).rglob("*.py"):
             inside = file.relative_to(checkout / source).as_posix()
-            folder = "fused_lora" if source.startswith("python") else "fused_lora/triton_kernels"
+            folder = "fused_lora" if source.startswith("python") else f"fused_lora/{source}"
             assert f"{folder}/{inside}" in names
     assert "fused_lora/triton_kernels/tuning/probe.json" in names
 
@@ -88,7 +89,7 @@ def test_sdist_has_all_that_a_build_needs(checkout):
     (archive,) = (checkout / "dist").iterdir()
     with tarfile.open(archive) as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
-    for source in ("csrc", "python", "triton_kernels"):
+    for source in ("bench", "csrc", "python", "triton_kernels"):
         for file in (checkout / source).rglob("*.*"):
             if file.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
                 assert file.relative_to(checkout).as_posix() in names
