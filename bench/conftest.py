@@ -1,4 +1,4 @@
-"""`pytest bench [--out DIR]` measures, prints a table and saves it as JSON and Markdown.
+"""`pytest bench [--out DIR]` measures, prints a table and saves it.
 
 FUSED_LORA_BENCH=quick takes a few small cases. A CPU runs two threads, or OMP_NUM_THREADS.
 """
@@ -28,16 +28,18 @@ def pytest_configure(config):
 
 @pytest.fixture
 def record(request):
-    """record(op, rows, missing) adds rows of an operation to the report."""
+    """record(op, case result, {contender: why it is missing}) adds to the report of the op."""
 
-    def add(op, rows, missing):
-        request.config.stash[MEASURED].setdefault(op.name, (op, [], missing))[1].extend(rows)
+    def add(op, result, missing):
+        found = request.config.stash[MEASURED].setdefault(op.name, {"cases": [], "missing": {}})
+        found["cases"].append(result)
+        found["missing"] |= missing
 
     return add
 
 
 def pytest_terminal_summary(config):
-    for op, rows, missing in config.stash[MEASURED].values():
-        report = Report(op, rows, machine(DEVICE), missing)
+    for op, found in config.stash[MEASURED].items():
+        report = Report({"op": op, "machine": machine(DEVICE), "unmeasured": {}, **found})
         report.print()
         report.save(config.getoption("--out"))

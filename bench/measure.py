@@ -1,6 +1,13 @@
 """Correctness, then time.
 
-Contenders take turns, so that whatever else the machine does falls on all of them alike.
+Contenders take turns, in a new random order every round, so that whatever else the machine does
+falls on all of them alike. Times are taken in up to three modes:
+
+    cold    a CUDA graph of calls that take one of several sets of inputs in turn, more than the L2
+            cache holds, between two events
+    hot     the same graph over one set
+    eager   wall time of a call from Python until the device is done; on a CPU the only mode, with
+            its caches as the last call left them
 """
 
 import math
@@ -14,12 +21,44 @@ import torch
 from fused_lora.bench.registry import DIRECTIONS, Contender, Op
 from torch import Tensor
 
-from fused_lora.testing import assert_accurate
+from fused_lora.testing import assert_accurate, saved_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SECONDS = {"cpu": 4.0, "cuda": 1.0}  # for one case
+MODES = {"cpu": ("eager",), "cuda": ("cold", "hot", "eager")}
+SECONDS = {"cpu": 4.0, "cuda": 1.0}  # for the rounds of one case
 ROUNDS = 11, 300
-COLD_BYTES = 256e6  # touched between two uses of the same memory on a GPU: several L2 caches
+COLD_BYTES = 256e6  # touched between two uses of the same memory: several L2 caches
+GRAPH_SECONDS = 3e-4  # of work in a graph, beside which the start of its replay is small
+GRAPH_CALLS = 64
+
+
+class Chip(NamedTuple):
+    """Datasheet rates: bytes/s of memory and dense flop/s by dtype, that nothing can exceed."""
+
+    bytes_per_s: float
+    flops_per_s: dict[torch.dtype, float]
+
+
+def _chip(terabytes: float, half: float, fp32: float) -> Chip:
+    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: fp32}
+    return Chip(1e12 * terabytes, {dtype: 1e12 * rate for dtype, rate in rates.items()})
+
+
+# fp32 at the TF32 rate: which of the two is in use is a setting.
+CHIPS = {
+    "H200": _chip(4.8, 989, 494),
+    "H100": _chip(3.35, 989, 494),
+    "A100": _chip(2.04, 312, 156),
+    "B200": _chip(8.0, 2250, 1100),
+}
+
+
+def chip(device: torch.device) -> Chip | None:
+    """The rates of a known GPU, else None: then no time is refused."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rates for key, rates in CHIPS.items() if key in name), None)
 
 
 class Spread(NamedTuple):
@@ -33,9 +72,9 @@ class Spread(NamedTuple):
         return cls(p20, statistics.median(values), p80)
 
 
-def _outputs(forward: Callable[[], Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-    y = forward()
-    return [y, *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], dy)]
+def _grads(y: Tensor, leaves: list[Tensor], dy: Tensor, **options) -> tuple[Tensor | None, ...]:
+    # The floor has no adapter, and so no gradients of one.
+    return torch.autograd.grad(y, leaves, dy, allow_unused=True, **options)
 
 
 def gate(op: Op, case, contender: Contender, tensors: Sequence[Tensor]) -> None:
@@ -45,85 +84,241 @@ def gate(op: Op, case, contender: Contender, tensors: Sequence[Tensor]) -> None:
     keep = contender.keep(case, x).to(x.dtype) if case.p else None
     dy = torch.randn_like(op.truth(case, *tensors).detach())
     forward = contender.build(case, *tensors)
+    leaves = [] if contender.forward_only else [t for t in tensors if t.requires_grad]
     torch.manual_seed(0)
-    ours = _outputs(forward, tensors, dy)
+
+    def outputs(forward, leaves):
+        y = forward()
+        return [y, *torch.autograd.grad(y, leaves, dy)] if leaves else [y]
+
+    ours = outputs(forward, leaves)
 
     def truth(dy, keep, *tensors):
-        return _outputs(lambda: op.truth(case, *tensors, keep=keep), tensors, dy)
+        y = op.truth(case, *tensors, keep=keep)
+        wanted = [t for t in tensors if t.requires_grad] if leaves else []
+        return [y, *torch.autograd.grad(y, wanted, dy)] if wanted else [y]
 
     names = ["output", *(f"gradient {i}" for i in range(1, len(ours)))]
     assert_accurate(names, ours, truth, [dy, keep, *tensors])
 
 
+class BelowFloor(Exception):
+    """A time in which the chip cannot have done the work: the measurement is wrong."""
+
+
+def check_floor(op: Op, case, direction: str, mode: str, seconds: float, rates: Chip) -> None:
+    """Raise BelowFloor where `seconds` for one call are less than the datasheet's rates allow.
+
+    Only a cold call must bring every byte from memory.
+    """
+    floor = op.flops(case, direction) / rates.flops_per_s[case.dtype]
+    if mode == "cold":
+        floor = max(floor, op.bytes(case, direction) / rates.bytes_per_s)
+    if seconds < floor:
+        raise BelowFloor(
+            f"{case}, {direction}, {mode}: {1e6 * seconds:.2f} us, where the datasheet allows no "
+            f"less than {1e6 * floor:.2f} us"
+        )
+
+
+class Cuda:
+    """How calls are captured and timed on a CUDA device."""
+
+    def __init__(self):
+        # Forward, backward and capture are on one stream: autograd runs a backward where its
+        # forward ran.
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def on_stream(self):
+        return torch.cuda.stream(self.stream)
+
+    def capture(self, calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+        with self.on_stream():
+            for call in (*calls, *calls[:1]):
+                call()  # what is compiled or allocated at first use is no part of the graph
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self.on_stream():
+            start.record()
+            replay()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+class Memory(NamedTuple):
+    """Bytes of a forward and backward: the most in use at once beside the inputs (None on a CPU),
+    and what the forward keeps for the backward beside the inputs.
+    """
+
+    peak: int | None
+    saved: int
+
+
 class Interleaved:
     """Times of the contenders of one case, once each of them has passed the gate.
 
-    Every round calls each contender once, in a new random order. On a GPU a call takes the next of
-    several sets of inputs and finds none of it in the L2 cache; a CPU's caches are as the last
-    call left them.
+    graphs captures and times on the device; None: there is only eager mode. `failed` has the
+    contenders that cannot be captured, with the reason; they have eager times alone.
     """
 
-    def __init__(self, op: Op, case, contenders: dict[str, Contender], device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        op: Op,
+        case,
+        contenders: dict[str, Contender],
+        device: torch.device,
+        directions: Sequence[str] = DIRECTIONS,
+        graphs: Cuda | None = None,
+    ):
+        self.op, self.case, self.device, self.directions = op, case, device, directions
+        self.graphs = graphs
+        self.random = random.Random(0)
+        self.turn = 0
+        self.rounds: list[dict[tuple[str, str, str], float]] = []  # {(contender, mode, direction)}
+        self.failed: dict[str, str] = {}
         tensors = op.tensors(case, device)
         for contender in dict.fromkeys(c for name, c in contenders.items() if name != op.floor):
             gate(op, case, contender, tensors)
         copies = 1
         if device.type == "cuda":
             copies += math.ceil(COLD_BYTES / sum(t.nbytes for t in tensors))
-        sets = [tensors, *(op.tensors(case, device) for _ in range(copies - 1))]
-        self.calls = {
-            name: [(c.build(case, *s), [t for t in s if t.requires_grad]) for s in sets]
+        self.sets = [tensors, *(op.tensors(case, device) for _ in range(copies - 1))]
+        self.dy = torch.randn_like(op.truth(case, *tensors).detach())
+        self.forward_only = {name for name, c in contenders.items() if c.forward_only}
+        self.forwards = {
+            name: [c.build(case, *tensors) for tensors in self.sets]
             for name, c in contenders.items()
         }
-        self.dy = torch.randn_like(op.truth(case, *tensors).detach())
-        self.turn, self.random = 0, random.Random(0)
-        self.rounds: list[dict[str, dict[str, float]]] = []
+        self.memory = {name: self._memory(name) for name in contenders}
+        self.replays: dict[tuple[str, str, str], tuple[Callable[[], None], int]] = {}
+        if graphs is not None:
+            for name in contenders:
+                self._capture(name)
 
-    def _mark(self):
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _leaves(self, index: int) -> list[Tensor]:
+        return [t for t in self.sets[index] if t.requires_grad]
 
-    def _seconds(self, start, end) -> float:
-        return end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1e3
+    def _directions(self, name: str) -> Sequence[str]:
+        return ("forward",) if name in self.forward_only else self.directions
 
-    def _call(self, name: str) -> tuple:
-        forward, leaves = self.calls[name][self.turn % len(self.calls[name])]
-        self.turn += 1
-        start = self._mark()
+    def _memory(self, name: str) -> Memory:
+        forward, on_gpu = self.forwards[name][0], self.device.type == "cuda"
+        saved = 0
+        if name not in self.forward_only:
+            inputs = {t.untyped_storage().data_ptr() for t in self.sets[0]}
+            kept = saved_bytes(forward)[1]
+            saved = sum(t.nbytes for t in kept if t.untyped_storage().data_ptr() not in inputs)
+        if not on_gpu:
+            return Memory(None, saved)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         y = forward()
-        middle = self._mark()
-        # The floor has no adapter, and so no gradients of one.
-        torch.autograd.grad(y, leaves, self.dy, allow_unused=True)
-        return start, middle, self._mark()
+        if name not in self.forward_only:
+            _grads(y, self._leaves(0), self.dy)
+        return Memory(torch.cuda.max_memory_allocated() - before, saved)
+
+    def _calls(self, name: str, direction: str) -> list[Callable[[], object]]:
+        """One call for each set of inputs."""
+
+        def both(forward, leaves):
+            return lambda: _grads(forward(), leaves, self.dy)
+
+        def backward(y, leaves):
+            return lambda: _grads(y, leaves, self.dy, retain_graph=True)
+
+        forwards = self.forwards[name]
+        if direction == "forward":
+            return list(forwards)
+        leaves = [self._leaves(i) for i in range(len(self.sets))]
+        if direction == "both":
+            return [both(*pair) for pair in zip(forwards, leaves, strict=True)]
+        with self.graphs.on_stream():
+            return [backward(y(), wanted) for y, wanted in zip(forwards, leaves, strict=True)]
+
+    def _capture(self, name: str) -> None:
+        """The graphs of a contender: of as many calls as make the start of a replay small."""
+        for direction in self._directions(name):
+            work = self.op.bytes(self.case, direction) / 4e12 + 1e-5
+            count = min(GRAPH_CALLS, max(len(self.sets), math.ceil(GRAPH_SECONDS / work)))
+            try:
+                calls = self._calls(name, direction)
+                cold = [calls[i % len(calls)] for i in range(count)]
+                for mode, order in (("cold", cold), ("hot", calls[:1] * count)):
+                    self.replays[name, mode, direction] = self.graphs.capture(order), count
+            except RuntimeError as error:  # what capture forbids, among it any host sync
+                self.failed[name] = f"no CUDA graph of {direction}: {str(error).splitlines()[0]}"
+                self.graphs.wait()
+                return
+
+    def _eager(self, name: str) -> dict[tuple[str, str, str], float]:
+        forwards = self.forwards[name]
+        index = self.turn % len(forwards)
+        self.turn += 1
+        wait = self.graphs.wait if self.graphs else lambda: None
+        wait()
+        start = time.perf_counter()
+        y = forwards[index]()
+        wait()
+        middle = end = time.perf_counter()
+        if name not in self.forward_only and self.directions != ("forward",):
+            _grads(y, self._leaves(index), self.dy)
+            wait()
+            end = time.perf_counter()
+        spans = {"forward": middle - start, "backward": end - middle, "both": end - start}
+        return {(name, "eager", d): spans[d] for d in self._directions(name)}
 
     def round(self) -> None:
-        names = self.random.sample(list(self.calls), len(self.calls))
-        marks = {name: self._call(name) for name in names}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.rounds.append({})
-        for name, (start, middle, end) in marks.items():
-            spans = (start, middle), (middle, end), (start, end)
-            seconds = (self._seconds(*span) for span in spans)
-            self.rounds[-1][name] = dict(zip(DIRECTIONS, seconds, strict=True))
+        times = {}
+        for name in self.random.sample(list(self.forwards), len(self.forwards)):
+            times |= self._eager(name)
+        for key in self.random.sample(list(self.replays), len(self.replays)):
+            replay, count = self.replays[key]
+            times[key] = self.graphs.seconds(replay) / count
+        self.rounds.append(times)
 
-    def plan(self) -> int:
+    def plan(self, seconds: float | None = None) -> int:
         """The number of rounds that fit in the time for one case, from two that do not count."""
         self.round()
         start = time.perf_counter()
         self.round()
-        fit = SECONDS[self.device.type] / (time.perf_counter() - start)
+        fit = (seconds or SECONDS[self.device.type]) / (time.perf_counter() - start)
         self.rounds.clear()
         return max(ROUNDS[0], min(ROUNDS[1], int(fit)))
 
-    def seconds(self, name: str, direction: str) -> list[float]:
-        return [r[name][direction] for r in self.rounds]
+    def timed(self) -> list[tuple[str, str, str]]:
+        """(contender, mode, direction) of everything that is timed."""
+        return list(self.rounds[0])
 
-    def ratio(self, name: str, other: str, direction: str) -> Spread:
-        """Of the two times within each round."""
-        pairs = zip(self.seconds(name, direction), self.seconds(other, direction), strict=True)
+    def seconds(self, name: str, mode: str, direction: str) -> list[float]:
+        return [r[name, mode, direction] for r in self.rounds]
+
+    def ratio(self, name: str, other: str, mode: str, direction: str) -> Spread | None:
+        """Of the two times within each round; None where the other has none."""
+        if (other, mode, direction) not in self.rounds[0]:
+            return None
+        pairs = zip(
+            self.seconds(name, mode, direction), self.seconds(other, mode, direction), strict=True
+        )
         return Spread.of([a / b for a, b in pairs])
+
+    def check_floors(self) -> None:
+        """Raise BelowFloor where a median is below what the chip allows; unknown chips pass."""
+        if (rates := chip(self.device)) is None:
+            return
+        for name, mode, direction in self.timed():
+            median = statistics.median(self.seconds(name, mode, direction))
+            if name != self.op.floor:
+                check_floor(self.op, self.case, direction, mode, median, rates)

@@ -1,6 +1,7 @@
 """What is measured: for each operation its cases, its flops and bytes, and the contenders."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from fused_lora import reference
 DIRECTIONS = ("forward", "backward", "both")
 
 
-def _runs_anywhere(device: torch.device) -> str | None:
+def _runs_anywhere(device: torch.device, case) -> str | None:
     return None
 
 
@@ -22,13 +23,22 @@ class Contender(NamedTuple):
     """One implementation of an operation.
 
     build(case, *tensors) returns the call that is timed. keep(case, x) is the dropout mask that
-    this call uses under the same state of torch's generator. unavailable(device) is the sentence
-    why it cannot run there, or None.
+    this call uses under the same state of torch's generator. unavailable(device, case) is the
+    sentence why it cannot run there, or None. One that is forward_only has no gradients.
     """
 
     build: Callable[..., Callable[[], Tensor]]
     keep: Callable[..., Tensor]
-    unavailable: Callable[[torch.device], str | None] = _runs_anywhere
+    unavailable: Callable[[torch.device, tuple], str | None] = _runs_anywhere
+    forward_only: bool = False
+
+
+class Stage(NamedTuple):
+    """Cases that are measured together, those that matter most first: time may run out."""
+
+    cases: list
+    directions: tuple[str, ...] = DIRECTIONS
+    contenders: tuple[str, ...] | None = None  # None: all
 
 
 class Op(NamedTuple):
@@ -37,11 +47,12 @@ class Op(NamedTuple):
     tensors(case, device) are its inputs; the gradients measured are of those that require one.
     flops(case, direction) counts a multiply-add as two; bytes(case, direction) reads every input
     and writes every output once. The floor is the contender without an adapter: the 1.00 that the
-    others add to, and the only one that truth is not asked of. The baseline is what ours replaces.
+    others add to, and the only one that truth is not asked of. The baseline is what ours replaces;
+    "<baseline> again" is the baseline once more, and what the two differ by is the noise.
     """
 
     name: str
-    cases: dict[str, list]
+    stages: dict[str, Stage]
     tensors: Callable[..., list[Tensor]]
     truth: Callable[..., Tensor]
     flops: Callable[..., int]
@@ -137,8 +148,12 @@ def _peft(case, x, weight, a, b):
     return lambda: layer(x)
 
 
-def _peft_missing(device: torch.device) -> str | None:
+def _peft_missing(device: torch.device, case) -> str | None:
     return None if importlib.util.find_spec("peft") else "it is not installed (pip install peft)"
+
+
+PEERS: dict = {"peft": {"build": _peft, "keep": _torch_keep, "unavailable": _peft_missing}}
+BASELINES: dict = {}
 
 
 def _ours(backend: str) -> Contender:
@@ -146,7 +161,16 @@ def _ours(backend: str) -> Contender:
         options = {"scale": SCALE, "dropout_p": case.p, "backend": backend}
         return lambda: fl.lora_linear(x, weight, a, b, **options)
 
-    return Contender(build, _our_keep, lambda device: fl.backends()[backend])
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend])
+
+
+LLAMA_8B = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096)}
+LLAMA_8B |= {"down": (4096, 14336)}
+LLAMA_70B = {"70B q, o": (8192, 8192), "70B gate, up": (28672, 8192)}
+SHAPES = LLAMA_8B | LLAMA_70B  # layer: (N, K)
+ROWS = 1, 4, 16, 64, 512, 2048, 8192, 16384
+RANKS = 8, 16, 32, 64, 128
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def _cpu_cases() -> list[LinearCase]:
@@ -160,25 +184,48 @@ def _cpu_cases() -> list[LinearCase]:
     ]
 
 
-def _cuda_cases() -> list[LinearCase]:
-    """The projections of Llama-3-8B: q and o, k and v, gate and up, down."""
-    shapes = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
-    return [
-        LinearCase(M, N, K, p=p, dtype=torch.bfloat16)
-        for p in (0.0, 0.1)
-        for N, K in shapes
-        for M in (16, 512, 2048, 8192)
+def _grid() -> list[LinearCase]:
+    """Every shape, M, rank, dtype and dropout; the fewer of them are unusual, the earlier."""
+    usual = {"R": 16, "p": 0.0, "dtype": BF16}
+    whole = [
+        LinearCase(M, N, K, R, p, dtype)
+        for (N, K), M, R, p, dtype in itertools.product(
+            SHAPES.values(), ROWS, RANKS, (0.0, 0.1), (BF16, FP16)
+        )
     ]
+    return sorted(whole, key=lambda c: sum(getattr(c, k) != v for k, v in usual.items()))
+
+
+def _linear_stages() -> dict[str, Stage]:
+    def bf16(rows, shapes=SHAPES, **options):
+        return [
+            LinearCase(M, N, K, dtype=BF16, **options) for N, K in shapes.values() for M in rows
+        ]
+
+    common = "linear", "naive", "naive again", "addmm", "torch", "triton"
+    training = [case for p in (0.0, 0.1) for case in bf16((8192, 2048), p=p)]
+    ragged = [LinearCase(M, 4096, 4096, dtype=BF16) for M in (2837, 4097)]
+    return {
+        "cpu": Stage(_cpu_cases()),
+        "cpu-quick": Stage([LinearCase(16, 512, 512), LinearCase(128, 1024, 1024, p=0.1)]),
+        "quick": Stage(bf16((16, 2048), {"q, o": (4096, 4096)})),
+        "training": Stage(training + ragged),
+        "decode": Stage(bf16((1, 4, 16, 64)), directions=("forward",)),
+        "compiled": Stage(
+            bf16((2048, 8192, 16), LLAMA_8B),
+            contenders=(*common, "compiled", "compiled, autotuned"),
+        ),
+        "grid": Stage(_grid(), contenders=common),
+    }
+
+
+def _also(contenders: dict[str, dict]) -> dict[str, Contender]:
+    return {name: Contender(**options) for name, options in contenders.items()}
 
 
 LORA_LINEAR = Op(
     name="lora_linear",
-    cases={
-        "cpu": _cpu_cases(),
-        "cpu quick": [LinearCase(16, 512, 512), LinearCase(128, 1024, 1024, p=0.1)],
-        "cuda": _cuda_cases(),
-        "cuda quick": [LinearCase(M, 4096, 4096, dtype=torch.bfloat16) for M in (16, 2048)],
-    },
+    stages=_linear_stages(),
     tensors=linear_tensors,
     truth=linear_truth,
     flops=linear_flops,
@@ -190,8 +237,10 @@ LORA_LINEAR = Op(
         "linear": Contender(_base, _torch_keep),
         "naive": Contender(_naive, _torch_keep),
         "naive again": Contender(_naive, _torch_keep),
-        "peft": Contender(_peft, _torch_keep, _peft_missing),
         "torch": _ours("torch"),
         "triton": _ours("triton"),
+        **_also(PEERS),
+        **_also(BASELINES),
     },
 )
+OPS = {op.name: op for op in (LORA_LINEAR,)}

@@ -3,19 +3,28 @@
 import os
 
 import pytest
-from fused_lora.bench.measure import DEVICE, Interleaved
+from fused_lora.bench.measure import DEVICE, MODES, Cuda, Interleaved
 from fused_lora.bench.registry import LORA_LINEAR as OP
-from fused_lora.bench.report import rows
+from fused_lora.bench.report import case_result
 
-QUICK = " quick" if os.environ.get("FUSED_LORA_BENCH") == "quick" else ""
+STAGES = {"cpu": "cpu", "cuda": "training"}
+QUICK = {"cpu": "cpu-quick", "cuda": "quick"}
+STAGE = OP.stages[(QUICK if os.environ.get("FUSED_LORA_BENCH") == "quick" else STAGES)[DEVICE.type]]
 
 
-@pytest.mark.parametrize("case", OP.cases[DEVICE.type + QUICK], ids=str)
-def test_lora_linear(case, benchmark, record):
-    reasons = {name: contender.unavailable(DEVICE) for name, contender in OP.contenders.items()}
+@pytest.fixture(scope="module")
+def graphs():
+    return Cuda() if "cold" in MODES[DEVICE.type] else None
+
+
+@pytest.mark.parametrize("case", STAGE.cases, ids=str)
+def test_lora_linear(case, benchmark, record, graphs):
+    reasons = {name: c.unavailable(DEVICE, case) for name, c in OP.contenders.items()}
     missing = {name: reason for name, reason in reasons.items() if reason}
     present = {name: c for name, c in OP.contenders.items() if name not in missing}
-    measured = Interleaved(OP, case, present, DEVICE)
+    measured = Interleaved(OP, case, present, DEVICE, STAGE.directions, graphs)
     benchmark.pedantic(measured.round, rounds=measured.plan())
-    benchmark.extra_info["rows"] = rows(OP, case, measured)
-    record(OP, benchmark.extra_info["rows"], missing)
+    measured.check_floors()
+    result = case_result(OP, case, measured)
+    benchmark.extra_info["times"] = result["times"]
+    record(OP, result, missing)

@@ -1,14 +1,37 @@
 """The benchmarks' own arithmetic, their gate and their report."""
 
+import contextlib
+import csv
 import json
 
 import pytest
 import torch
 from conftest import DEVICE
-from fused_lora.bench.measure import Interleaved, Spread, gate
-from fused_lora.bench.registry import DIRECTIONS, LinearCase
+from fused_lora.bench import run, targets
+from fused_lora.bench.measure import (
+    BelowFloor,
+    Chip,
+    Cuda,
+    Interleaved,
+    Spread,
+    check_floor,
+    gate,
+)
+from fused_lora.bench.registry import DIRECTIONS, LinearCase, Stage
 from fused_lora.bench.registry import LORA_LINEAR as OP
-from fused_lora.bench.report import Report, machine, rows
+from fused_lora.bench.report import (
+    MARKS,
+    ROOT,
+    Report,
+    committed,
+    machine,
+    merge,
+    merged,
+    render,
+    rendered,
+    sections,
+    slug,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
@@ -43,12 +66,13 @@ def test_bytes_of_one_case():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["naive", "peft", "torch"])
+@pytest.mark.parametrize("name", sorted(OP.contenders))
 def test_every_contender_passes_the_gate(name, p):
-    contender = OP.contenders[name]
-    if reason := contender.unavailable(CPU):
+    case, contender = CASE._replace(p=p), OP.contenders[name]
+    if name == OP.floor:
+        pytest.skip("the floor has no adapter")
+    if reason := contender.unavailable(CPU, case):
         pytest.skip(reason)
-    case = CASE._replace(p=p)
     gate(OP, case, contender, OP.tensors(case, CPU))
 
 
@@ -89,45 +113,288 @@ def test_a_wrong_contender_is_not_timed():
         Interleaved(OP, CASE, {"linear": OP.contenders["linear"], **wrong}, CPU)
 
 
+class HostGraphs:
+    """Cuda's part, played on the host: a captured call is called, its time is given."""
+
+    def __init__(self, seconds=1e-3):
+        self.given = seconds
+
+    def on_stream(self):
+        return contextlib.nullcontext()
+
+    def capture(self, calls):
+        return lambda: [call() for call in calls]
+
+    def seconds(self, replay):
+        assert replay()
+        return self.given
+
+    def wait(self):
+        pass
+
+
 def test_the_same_function_twice_is_within_its_spread():
     case = LinearCase(64, 128, 128)
     measured = Interleaved(OP, case, PRESENT, CPU)
     for _ in range(60):
         measured.round()
     for direction in DIRECTIONS:
-        times, again = (Spread.of(measured.seconds(n, direction)) for n in ("naive", "naive again"))
+        times, again = (
+            Spread.of(measured.seconds(n, "eager", direction)) for n in ("naive", "naive again")
+        )
         assert again.p20 <= times.p80 and times.p20 <= again.p80
-        assert len(measured.seconds("naive", direction)) == 60
+        assert len(measured.seconds("naive", "eager", direction)) == 60
+        assert measured.ratio("naive again", "naive", "eager", direction).p50 == pytest.approx(
+            1, abs=0.2
+        )
 
 
-def test_report(tmp_path, capsys):
-    measured = Interleaved(OP, CASE, PRESENT, CPU)
-    for _ in range(3):
+def test_graphs_are_of_every_direction_and_divide_by_their_calls():
+    measured = Interleaved(OP, CASE, PRESENT, CPU, graphs=HostGraphs(seconds=0.064))
+    measured.round()
+    modes = {(mode, direction) for _, mode, direction in measured.timed()}
+    assert modes == {(m, d) for m in ("cold", "hot", "eager") for d in DIRECTIONS}
+    for name, mode, direction in measured.timed():
+        if mode != "eager":
+            (seconds,) = measured.seconds(name, mode, direction)
+            assert seconds == 0.064 / measured.replays[name, mode, direction][1]
+
+
+def test_a_contender_that_cannot_be_captured_keeps_its_eager_times():
+    class Refusing(HostGraphs):
+        def capture(self, calls):
+            if len(measured_names) == 3:
+                measured_names.append("refused")
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            measured_names.append("captured")
+            return super().capture(calls)
+
+    measured_names: list[str] = []
+    measured = Interleaved(OP, CASE, PRESENT, CPU, graphs=Refusing())
+    assert measured.failed == {
+        "linear": "no CUDA graph of backward: operation not permitted when stream is capturing"
+    }
+    measured.round()
+    modes = {mode for name, mode, d in measured.timed() if name == "linear" and d == "both"}
+    assert modes == {"eager"}
+    assert ("torch", "cold", "both") in measured.timed()
+
+
+def test_forward_only_contenders_are_timed_forward():
+    only = {**PRESENT, "torch": OP.contenders["torch"]._replace(forward_only=True)}
+    measured = Interleaved(OP, CASE, only, CPU, graphs=HostGraphs())
+    for _ in range(2):
         measured.round()
-    missing = {"peft": "not installed", "triton": "no GPU"}
-    # Times that are known: ours takes twice as long as naive, and then half as long.
-    for seconds in measured.rounds:
-        for direction in DIRECTIONS:
-            seconds["naive"][direction] = seconds["naive again"][direction] = 2e-3
-            seconds["torch"][direction] = 4e-3 if direction == "forward" else 1e-3
-    report = Report(OP, rows(OP, CASE, measured), machine(CPU), missing)
+    assert {d for name, _, d in measured.timed() if name == "torch"} == {"forward"}
+    assert measured.memory["torch"].saved == 0
+    assert measured.ratio("torch", "naive", "cold", "forward").p50 == 1
+
+
+def test_saved_memory_is_what_stands_beside_the_inputs():
+    case = LinearCase(64, 128, 96, R=4)
+    measured = Interleaved(OP, case, PRESENT, CPU)
+    h = 4 * 64 * 4
+    assert measured.memory["torch"] == (None, h)
+    assert measured.memory["naive"].saved >= h
+    with_mask = Interleaved(OP, case._replace(p=0.5), PRESENT, CPU)
+    assert with_mask.memory["torch"].saved == h + 8  # and the seed
+    assert with_mask.memory["naive"].saved > h + 64 * 96
+
+
+def test_a_time_below_the_floor_is_refused():
+    case = LinearCase(8192, 4096, 4096, dtype=torch.bfloat16)
+    rates = Chip(4.8e12, {torch.bfloat16: 989e12})
+    least = OP.flops(case, "forward") / 989e12
+    check_floor(OP, case, "forward", "cold", 1.01 * least, rates)
+    with pytest.raises(BelowFloor, match=r"M=8192 .* forward, cold: .* us, where the datasheet"):
+        check_floor(OP, case, "forward", "cold", 0.99 * least, rates)
+    decode = case._replace(M=1)
+    least = OP.bytes(decode, "forward") / 4.8e12
+    with pytest.raises(BelowFloor, match="cold"):
+        check_floor(OP, decode, "forward", "cold", 0.99 * least, rates)
+    # What is in the L2 cache need not come from memory.
+    check_floor(OP, decode, "forward", "hot", 0.99 * least, rates)
+
+
+def known(cases=(CASE,), **p50):
+    """Results in which every contender takes 2 ms but those that are named: {name: ms}."""
+
+    def entry(name):
+        ms = p50.get(name.replace(" ", "_"), 2.0)
+        quantiles = {key: ms / 1e3 for key in ("p20", "p50", "p80")}
+        return {**quantiles, "over": {"linear": ms / 2, "naive": ms / 2}, "all": [ms / 1e3] * 3}
+
+    return {
+        "op": "lora_linear",
+        "machine": machine(CPU),
+        "missing": {"peft": "not installed", "triton": "no GPU"},
+        "unmeasured": {"M=1": "time"},
+        "cases": [
+            {
+                "label": str(case),
+                "case": {**case._asdict(), "dtype": str(case.dtype).removeprefix("torch.")},
+                "flops": {d: OP.flops(case, d) for d in DIRECTIONS},
+                "bytes": {d: OP.bytes(case, d) for d in DIRECTIONS},
+                "times": {name: {"cold": {d: entry(name) for d in DIRECTIONS}} for name in PRESENT},
+                "memory": {name: {"saved": 100, "peak": 200} for name in PRESENT},
+                "failed": {},
+            }
+            for case in cases
+        ],
+    }
+
+
+def test_report_shows_where_ours_is_slower(tmp_path, capsys):
+    results = known()
+    results["cases"][0]["times"]["torch"]["cold"]["forward"] |= {
+        "p50": 4e-3,
+        "over": {"linear": 2.0, "naive": 2.0},
+    }
+    report = Report(results)
     assert report.noise == 0
-    assert [report.slower(row, "torch") for row in report.rows] == [True, False, False]
-    report.save(tmp_path)
+    assert [report.slower(*row, "torch") for row in report.rows()] == [True, False, False]
+    report.save(tmp_path, "some")
     report.print()
-    saved = json.loads((tmp_path / "lora_linear.json").read_text())
-    assert saved["rows"][0]["contenders"]["torch"]["ms"] == {"p20": 4.0, "p50": 4.0, "p80": 4.0}
-    assert saved["missing"] == missing
-    for text in (capsys.readouterr().out, (tmp_path / "lora_linear.md").read_text()):
-        assert text.count("SLOWER") == 1 and "2.00 SLOWER" in text and "0.50" in text
+    assert json.loads((tmp_path / "lora_linear-some.json").read_text()) == results
+    assert (tmp_path / "lora_linear-some.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "lora_linear-some.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(PRESENT) * len(DIRECTIONS)
+    assert {r["over naive"] for r in rows if r["contender"] == "torch"} == {"2.0", "1.0"}
+    for text in (capsys.readouterr().out, (tmp_path / "lora_linear-some.md").read_text()):
+        assert text.count("SLOWER") == 1 and "2.00 SLOWER" in text
         assert "slower by more than the noise in 1 of 3 rows" in text
-        assert "triton was not measured: no GPU" in text
+        assert "peft was not measured: not installed" in text
+        assert "M=1 was not measured: time" in text
+
+
+def test_noise_is_the_baseline_against_itself():
+    results = known(naive_again=2.2, torch=2.1)
+    report = Report(results)
+    assert report.noise == pytest.approx(0.1)
+    assert not any(report.slower(*row, "torch") for row in report.rows())
+
+
+def test_run_measures_writes_and_says_what_it_left_out(tmp_path, capsys):
+    arguments = ["--stage", "cpu-quick", "--out", str(tmp_path), "--case-seconds", "0.05"]
+    with torch_threads():
+        assert run.main([*arguments, "--only", "torch"]) == 0
+    results = json.loads((tmp_path / "lora_linear-cpu-quick.json").read_text())
+    times = results["cases"][0]["times"]
+    assert set(times) == {"linear", "naive", "naive again", "torch"}
+    assert len(times["torch"]["eager"]["both"]["all"]) >= 11
+    assert results["machine"]["torch"] == torch.__version__
+    with torch_threads():
+        assert run.main([*arguments, "--seconds", "0"]) == 0
+    left = json.loads((tmp_path / "lora_linear-cpu-quick.json").read_text())
+    assert not left["cases"] and len(left["unmeasured"]) == len(OP.stages["cpu-quick"].cases)
+    with pytest.raises(SystemExit):
+        run.main(["--only", "nobody"])
+    assert "no contender nobody" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def torch_threads():
+    """The number of threads is the process's, and a run sets it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_wrong_result_stops_a_run(monkeypatch):
+    wrong = OP.contenders["torch"]._replace(build=wrong_scale)
+    op = OP._replace(contenders={**PRESENT, "torch": wrong})
+    with pytest.raises(AssertionError, match="output"):
+        run.measure(op, Stage([CASE]), CPU)
+
+
+def test_merge_keeps_the_last_time_of_a_case():
+    first, second = known(torch=1.0), known((CASE, CASE._replace(M=7)), torch=3.0)
+    del second["cases"][0]["times"]["naive"]
+    whole = merged([first, second])
+    assert [c["label"] for c in whole["cases"]] == [str(CASE), str(CASE._replace(M=7))]
+    times = whole["cases"][0]["times"]
+    assert times["torch"]["cold"]["both"]["p50"] == 3e-3
+    assert times["naive"]["cold"]["both"]["p50"] == 2e-3
+    assert "all" not in times["torch"]["cold"]["both"]
+    other = known()
+    other["machine"]["device"] = "another"
+    with pytest.raises(ValueError, match="one machine"):
+        merged([first, other])
+
+
+def test_merge_and_render(tmp_path):
+    Report(known(torch=1.0)).save(tmp_path / "run", "decode")
+    (folder,) = merge([tmp_path / "run"], tmp_path / "bench/results")
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/measured.md"):
+        (tmp_path / name).write_text(f"before\n{MARKS[0]}\nstale\n{MARKS[1]}\nafter\n")
+    render(tmp_path)
+    readme, measured = ((tmp_path / n).read_text() for n in ("README.md", "docs/measured.md"))
+    for text in (readme, measured):
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+        assert f"bench/results/{folder.name}/lora_linear.md" in text
+    assert "| torch | cold | forward | 0.50 | 0.50 |" in readme
+    render(tmp_path)
+    assert readme == (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="must stand in the file"):
+        rendered("no marks", "")
+
+
+def test_what_is_committed_is_what_the_results_say():
+    found = committed()
+    assert found
+    for path, report in found:
+        assert path.with_suffix(".md").read_text() == report.markdown()
+        assert path.with_suffix(".csv").read_text() == report.csv()
+        assert path.parent.name == slug(report.results["machine"]["device"])
+        assert path.with_suffix(".png").exists()
+    for name, section in sections().items():
+        text = (ROOT / name).read_text()
+        assert text == rendered(text, section)
+
+
+def h200(**p50):
+    """Results of the cases that the targets look at."""
+    shapes = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
+    cases = [
+        LinearCase(M, N, K, p=p, dtype=torch.bfloat16)
+        for N, K in shapes
+        for M in (1, 8192)
+        for p in (0.0, 0.1)
+    ]
+    return known(cases, **p50)
+
+
+def test_targets(tmp_path):
+    (tmp_path / "lora_linear-decode.json").write_text(json.dumps(h200(torch=2.18, naive=3.0)))
+    dram = {"contenders": {"torch": {"read": 2**29, "write": 2**28}}}
+    (tmp_path / "dram.json").write_text(json.dumps(dram))
+    lines = {line.split("  ")[0]: line for line in targets.table(tmp_path).splitlines()}
+    assert lines["forward 4096x4096, M >= 2048"].endswith("1.09  met")
+    assert lines["forward 14336x4096, M >= 2048"].endswith("1.09  missed by 0.03")
+    assert lines["backward 1024x4096, M >= 2048"].endswith("met, and the aim")
+    assert "1.38  met, and the aim" in lines["both, speedup over naive, 4096x4096, M = 8192"]
+    assert lines["DRAM GiB, both, M = 8192, 4096x4096"].endswith("0.75  missed by 0.05")
+    assert lines["dx of q, k and v over three addmm_"].endswith("not measured")
+    assert "1.00  met, and the aim" in lines["forward at p = 0.1 over p = 0"]
+
+
+def test_targets_of_nothing_are_not_measured(tmp_path):
+    lines = targets.table(tmp_path).splitlines()
+    assert len(lines) == len(targets.TARGETS) + 2
+    assert all(line.endswith("not measured") for line in lines[1:-1])
+    assert lines[-1] == f"{len(targets.TARGETS)} not measured"
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-def test_events_on_a_gpu():
+def test_graphs_on_a_gpu():
     device = torch.device("cuda")
     present = PRESENT | {"triton": OP.contenders["triton"]}
-    measured = Interleaved(OP, LinearCase(64, 256, 256, dtype=torch.bfloat16), present, device)
+    case = LinearCase(64, 256, 256, p=0.1, dtype=torch.bfloat16)
+    measured = Interleaved(OP, case, present, device, graphs=Cuda())
     measured.round()
-    assert all(0 < measured.rounds[0][name]["both"] < 60 for name in present)
+    assert not measured.failed
+    assert {mode for _, mode, _ in measured.timed()} == {"cold", "hot", "eager"}
+    assert all(0 < measured.seconds(*key)[0] < 60e-3 for key in measured.timed())
+    assert all(memory.peak > 0 for memory in measured.memory.values())

@@ -1,0 +1,187 @@
+"""The targets of lora_linear on one H200, bf16, r = 16, beside what was measured."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fused_lora.bench.report import Report, merged
+
+SQUARE, NARROW, WIDE, DOWN = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
+LONG = 2048, 8192, 16384
+COPY_BYTES_PER_S = 4.3e12  # what a copy reaches on an H200
+
+
+class Results(NamedTuple):
+    """One report of lora_linear, and the DRAM bytes {contender: {"read", "write"}} if known."""
+
+    report: Report | None
+    dram: dict[str, dict]
+
+    def cases(self, shapes, rows, p=0.0) -> Iterator[dict]:
+        for case in self.report.cases if self.report else ():
+            c = case["case"]
+            usual = c["R"] == 16 and c["dtype"] == "bfloat16" and c["p"] == p
+            if usual and (c["N"], c["K"]) in shapes and c["M"] in rows:
+                yield case
+
+    def seconds(self, case, direction, name) -> float | None:
+        found = self.report.times(case, "cold", direction, name)
+        return found and found["p50"]
+
+
+class Target(NamedTuple):
+    """must and aim bound `value(results, contender)` from above, or where `least` from below."""
+
+    what: str
+    must: float
+    aim: float
+    value: Callable[[Results, str], float | None]
+    least: bool = False
+
+    def verdict(self, value: float | None) -> tuple[str, str]:
+        """("met", "missed" or "not measured", what more there is to say)."""
+        if value is None:
+            return "not measured", ""
+        missed = self.must - value if self.least else value - self.must
+        if missed > 0:
+            return "missed", f" by {missed:.2f}"
+        aimed = value >= self.aim if self.least else value <= self.aim
+        return "met", ", and the aim" if aimed else ""
+
+
+def worst(values: list[float | None], least: bool = False) -> float | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return min(known) if least else max(known)
+
+
+def over_floor(direction: str, shapes, rows=LONG) -> Callable:
+    """The largest ratio to the bare product: in the backward that is the product of dx."""
+
+    def value(results: Results, name: str) -> float | None:
+        return worst(
+            [
+                results.report.ratio(case, "cold", direction, name, results.report.op.floor)
+                for case in results.cases(shapes, rows)
+            ]
+        )
+
+    return value
+
+
+def faster_than(other: str, shapes, rows) -> Callable:
+    """The smallest speedup of forward and backward over another contender."""
+
+    def value(results: Results, name: str) -> float | None:
+        speedups = []
+        for case in results.cases(shapes, rows):
+            theirs, ours = (results.seconds(case, "both", n) for n in (other, name))
+            speedups.append(theirs / ours if theirs and ours else None)
+        return worst(speedups, least=True)
+
+    return value
+
+
+def dropout_cost(direction: str) -> Callable:
+    """The largest ratio of a time at p = 0.1 to that at p = 0."""
+
+    def value(results: Results, name: str) -> float | None:
+        shapes, ratios = (SQUARE, NARROW, WIDE, DOWN), []
+        without = {tuple(c["case"][k] for k in "MNK"): c for c in results.cases(shapes, LONG)}
+        for case in results.cases(shapes, LONG, p=0.1):
+            twin = without.get(tuple(case["case"][k] for k in "MNK"))
+            times = [c and results.seconds(c, direction, name) for c in (case, twin)]
+            ratios.append(times[0] / times[1] if all(times) else None)
+        return worst(ratios)
+
+    return value
+
+
+def share_of_bandwidth(results: Results, name: str) -> float | None:
+    shares = []
+    for case in results.cases((WIDE,), (1, 4, 16)):
+        seconds = results.seconds(case, "forward", name)
+        shares.append(seconds and case["bytes"]["forward"] / seconds / COPY_BYTES_PER_S)
+    return worst(shares, least=True)
+
+
+def dram_gib(results: Results, name: str) -> float | None:
+    found = results.dram.get(name)
+    return found and (found["read"] + found["write"]) / 2**30
+
+
+def against_the_best(results: Results, name: str) -> float | None:
+    """The smallest speedup over the best of addmm_ and torch.compile, anywhere."""
+    speedups = []
+    rivals = "addmm", "compiled", "compiled, autotuned"
+    for case, mode, direction in results.report.rows() if results.report else ():
+        ours = results.report.times(case, mode, direction, name)
+        theirs = [results.report.times(case, mode, direction, rival) for rival in rivals]
+        known = [t["p50"] for t in theirs if t]
+        if mode == "cold" and ours and known:
+            speedups.append(min(known) / ours["p50"])
+    return worst(speedups, least=True)
+
+
+def not_built(results: Results, name: str) -> None:
+    """The operation does not exist yet."""
+
+
+TARGETS = [
+    Target("forward 4096x4096, M >= 2048", 1.10, 1.04, over_floor("forward", (SQUARE,))),
+    Target("forward 14336x4096, M >= 2048", 1.06, 1.02, over_floor("forward", (WIDE,))),
+    Target("forward 4096x14336, M >= 2048", 1.07, 1.03, over_floor("forward", (DOWN,))),
+    Target("forward 1024x4096, M >= 2048", 1.27, 1.12, over_floor("forward", (NARROW,))),
+    Target("backward 4096x4096, M >= 2048", 1.20, 1.08, over_floor("backward", (SQUARE,))),
+    Target("backward 14336x4096 and 4096x14336", 1.12, 1.05, over_floor("backward", (WIDE, DOWN))),
+    Target("backward 1024x4096, M >= 2048", 1.45, 1.17, over_floor("backward", (NARROW,))),
+    Target("both, speedup over naive, 4096x4096, M = 8192", 1.25, 1.37,
+           faster_than("naive", (SQUARE,), (8192,)), least=True),
+    Target("both, speedup over addmm_, 4096x4096, M = 8192", 1.10, 1.22,
+           faster_than("addmm", (SQUARE,), (8192,)), least=True),
+    Target("both, speedup over LoRAFusion's form, 4096x4096, M = 8192", 1.10, 1.20,
+           faster_than("lorafusion form", (SQUARE,), (8192,)), least=True),
+    Target("dx of q, k and v over three addmm_", 1.15, 1.25, not_built, least=True),
+    Target("decode 4096x4096, M 1 to 16", 1.25, 1.08, over_floor("forward", (SQUARE,), (1, 4, 16))),
+    Target("decode 64 rows of 64 adapters over vLLM's form", 1.2, 1.35, not_built, least=True),
+    Target("decode 14336x4096, share of 4.3 TB/s", 0.75, 0.88, share_of_bandwidth, least=True),
+    Target("DRAM GiB, both, M = 8192, 4096x4096", 0.70, 0.50, dram_gib),
+    Target("forward at p = 0.1 over p = 0", 1.05, 1.0, dropout_cost("forward")),
+    Target("backward at p = 0.1 over p = 0", 1.05, 1.0, dropout_cost("backward")),
+    Target("anywhere, speedup over the best of addmm_ and torch.compile", 0.98, 1.0,
+           against_the_best, least=True),
+]  # fmt: skip
+
+
+def load(folder: Path) -> Results:
+    """What a folder holds of runs of lora_linear on one machine, and of their DRAM traffic."""
+    parts = []
+    for path in sorted(folder.glob("lora_linear*.json")):
+        parts.append(json.loads(path.read_text()))
+    dram = folder / "dram.json"
+    found = json.loads(dram.read_text()) if dram.exists() else {}
+    return Results(Report(merged(parts)) if parts else None, found.get("contenders", {}))
+
+
+def table(folder: Path) -> str:
+    """A line a target: the value of each of ours, and the verdict on the better one."""
+    results = load(folder)
+    ours = results.report.ours if results.report else []
+    width = max(len(target.what) for target in TARGETS)
+    lines = [f"{'target':{width}}  must   aim   " + "".join(f"{n:>8}" for n in ours)]
+    counts: dict[str, int] = {}
+    for target in TARGETS:
+        values = {name: target.value(results, name) for name in ours}
+        known = [value for value in values.values() if value is not None]
+        best = (max if target.least else min)(known) if known else None
+        verdict, apart = target.verdict(best)
+        counts[verdict] = counts.get(verdict, 0) + 1
+        cells = "".join("       -" if v is None else f"{v:8.2f}" for v in values.values())
+        bounds = f"{target.must:4.2f}  {target.aim:4.2f}"
+        lines.append(f"{target.what:{width}}  {bounds}  {cells}  {verdict}{apart}")
+    if results.report:
+        lines.append(f"on {results.report.results['machine']['device']}")
+    lines.append(", ".join(f"{n} {word}" for word, n in sorted(counts.items())))
+    return "\n".join(lines)
