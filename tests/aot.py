@@ -38,7 +38,10 @@ CALLS = {
     "backward-all": {"p": 0.1, "gate": True, "needs": (True, True, True, True)},
     "backward-frozen-b": {"gate": True, "needs": (True, True, False, False)},
     "backward-dx": {"p": 0.1, "needs": (True, False, False, False)},
+    "multi-forward": {"save_h": True},
+    "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
 }
+SLOTS = 64  # of the calls for many adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +63,12 @@ def cases(extent: str) -> list[Case]:
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
-                # Of the last two calls M changes nothing.
+                # Of these two calls M changes nothing.
                 if M == max(buckets) or not call.startswith(("backward-frozen", "backward-dx")):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype != "bf16":
-            for (M, R), call in itertools.product(buckets.items(), ("forward-all", "backward-all")):
+            calls = "forward-all", "backward-all", "multi-forward", "multi-backward"
+            for (M, R), call in itertools.product(buckets.items(), calls):
                 found.append(Case(sm, dtype, M, R, call))
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
@@ -110,7 +114,8 @@ def install():
         row = choose(op, kind, sm, sizes)
         if row:
             chosen = {"op": op, "family": configs.family(sm), "kind": kind, "row": row}
-            CHOSEN[op.removesuffix("_u") + "_kernel"] = chosen
+            name = op.removesuffix("_u") + "_kernel"
+            CHOSEN[name] = CHOSEN[f"multi_{name}"] = chosen
         return row
 
     driver.set_active(GPU)
@@ -137,7 +142,19 @@ def call(case: Case):
     gate = empty(R, dtype=torch.float32) if options["gate"] else None
     seed = empty(1, dtype=torch.int64) if p else None
     GPU.sm = case.sm
-    if "needs" not in options:
+    if case.call.startswith("multi"):
+        from fused_lora.ops import multi_lora_linear as multi
+
+        ids, order, offsets, rank = (empty(n, dtype=torch.int32) for n in (M, M, SLOTS + 1, SLOTS))
+        scale, gate = empty(SLOTS, dtype=torch.float32), empty(SLOTS, R, dtype=torch.float32)
+        slots = multi.Slots(empty(SLOTS, R, K), empty(SLOTS, R, N), rank, scale, gate)
+        route = multi.Route(ids, order, offsets)
+        if "needs" not in options:
+            multi.forward_triton(x, w, slots, route, empty(N), seed, p, options["save_h"])
+        else:
+            dy, h = empty(M, N), empty(M, R)
+            multi.backward_triton(dy, x, w, slots, route, h, seed, p, options["needs"])
+    elif "needs" not in options:
         bias = empty(N) if options["bias"] else None
         forward_triton(x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
     else:

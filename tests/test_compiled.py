@@ -23,10 +23,13 @@ BIG = {
     "row_reduce_kernel": ("z",),
     "sum_planes_kernel": ("plane",),
     "matmul_kernel": ("x", "w"),
+    "multi_segment_gemm_kernel": ("lhs", "rhs", "v"),
+    "multi_shrink_kernel": ("x", "a"),
+    "multi_row_reduce_kernel": ("z",),
 }
 # wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied,
 # element by element.
-TURNED = {("segment_gemm_kernel", "rhs"), ("row_reduce_kernel", "z"), ("shrink_kernel", "a")}
+TURNED = {("segment_gemm", "rhs"), ("segment_gemm", "v"), ("row_reduce", "z"), ("shrink", "a")}
 REGISTERS = 65536  # of a multiprocessor
 
 pytestmark = pytest.mark.timeout(3600)
@@ -51,7 +54,7 @@ def facts(tmp_path_factory):
 def tensor_core(f: dict) -> str:
     """The instruction that is meant: the family's own where a product has 64 rows, else HMMA."""
     c = f["config"]
-    rows = c["BLOCK_M"] if f["kernel"] == "segment_gemm_kernel" else c["BLOCK_R"]
+    rows = c["BLOCK_M"] if f["kernel"].endswith("segment_gemm_kernel") else c["BLOCK_R"]
     own = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}[f["family"]]
     return own if rows >= 64 else "HMMA"
 
@@ -85,7 +88,9 @@ def problems(f: dict):
         size = {key: int(key.split()[1]) * n for key, n in loads.items()}
         wide = sum(size[key] for key in size if key.endswith(" 16"))
         turned = (
-            f.get("kind") == "tf32" and f["family"] != "mma" and (f["kernel"], operand) in TURNED
+            f.get("kind") == "tf32"
+            and f["family"] != "mma"
+            and (f["kernel"].removeprefix("multi_").removesuffix("_kernel"), operand) in TURNED
         )
         if not size or (wide < 0.75 * sum(size.values()) and not turned):
             yield f"narrow loads of {operand}: {loads}"

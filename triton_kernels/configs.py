@@ -23,6 +23,8 @@ BARRIERS = 64
 MAX_BLOCK_R = {"half": 128, "tf32": 128, "fp32": 64}
 # What a split is sized for: two blocks or so for each multiprocessor of a large GPU.
 BLOCKS_WANTED = 256
+# Fixed where the batch may not matter: splits of K for a row, rows of an adapter in one block.
+SPLITS_OF_K, ROWS_OF_ADAPTER = 8, 1024
 
 
 @functools.cache
@@ -110,13 +112,28 @@ def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool
     return row | {"BLOCK_R": block_r, "ROWS": steps * row["BLOCK_M"]}
 
 
+def multi_shrink(K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
+    """How K is split depends on nothing of the batch, so neither does a row's result."""
+    row = choose("multi_shrink", kind(dtype), sm, (("R", R),))
+    split = min(SPLITS_OF_K, triton.cdiv(K, row["BLOCK_K"]))
+    return row | {"BLOCK_R": block_of(R, MAX_BLOCK_R[kind(dtype)]), "SPLIT_K": max(1, split)}
+
+
+def multi_row_reduce(R: int, dtype: torch.dtype, sm: int) -> dict:
+    """ROWS likewise: an adapter's gradients do not depend on the others of the batch."""
+    row = choose("multi_row_reduce", kind(dtype), sm, (("R", R),))
+    return row | {"BLOCK_R": block_of(R, MAX_BLOCK_R[kind(dtype)]), "ROWS": ROWS_OF_ADAPTER}
+
+
 def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
     """Bytes of shared memory that a block takes, at most."""
     c = {"BLOCK_R": block_of(config.get("max_R", 256), MAX_BLOCK_R[kind]), **config}
     lhs, rhs, step = {
         "segment_gemm": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
         "shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
+        "multi_shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
         "row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
+        "multi_row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
         "row_reduce_u": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
     }[op]
     operands = (c[lhs] + c[rhs]) * c[step]

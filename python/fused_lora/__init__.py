@@ -4,15 +4,20 @@ from fused_lora import nn, optim, reference
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.ops.dispatch import backends, use_backend, why
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
+from fused_lora.ops.routing import AdapterRouting
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterRouting",
     "LoRAConfig",
     "backends",
     "inject",
     "lora_linear",
     "merge",
+    "multi_lora_add_",
+    "multi_lora_linear",
     "nn",
     "optim",
     "reference",

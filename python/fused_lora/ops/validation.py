@@ -128,7 +128,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if autocasting(x) else None
 
 
-def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def autocast(t, dtype: torch.dtype):
     """As autocast casts: every floating tensor but float64."""
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 

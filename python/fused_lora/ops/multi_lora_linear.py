@@ -1,0 +1,564 @@
+"""y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i, -1 for none.
+
+Row by row it is lora_linear, with the same gradients: dA_j, dB_j and dg_j are sums over the rows of
+adapter j alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_lora import reference
+from fused_lora.ops import dispatch
+from fused_lora.ops import validation as check
+from fused_lora.ops.lora_linear import _dropout_args, _masked, _rows, _scaled_mm
+from fused_lora.ops.routing import AdapterRouting
+
+REFUSALS = {
+    "cuda": dispatch.no_cuda_kernel("multi_lora_linear"),
+    "triton": dispatch.triton_refuses,
+    "torch": dispatch.never_refuses,
+}
+
+
+class Slots(NamedTuple):
+    """What the kernels read of a bank: a_slots [G, R, K], bt_slots [G, R, N], rank int32 [G],
+    scale fp32 [G], gate fp32 [G, R]."""
+
+    a_slots: Tensor
+    bt_slots: Tensor
+    rank: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Route(NamedTuple):
+    """The tensors of an AdapterRouting."""
+
+    ids: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+# Contract. Slots and Route stand as their tensors, in order. h is empty where save_h is false, a
+# gradient whose needs[i] is false too. needs: x, weight, a_slots, bt_slots, bias, gate.
+_SLOTS = "Tensor a_slots, Tensor bt_slots, Tensor rank, Tensor scale, Tensor gate"
+_ROUTE = "Tensor ids, Tensor order, Tensor offsets"
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_library.define(
+    f"multi_lora_linear(Tensor x, Tensor weight, {_SLOTS}, {_ROUTE}, Tensor? bias, Tensor? seed, "
+    "float dropout_p, bool save_h, str backend) -> (Tensor y, Tensor h)"
+)
+_library.define(
+    f"multi_lora_linear_backward(Tensor dy, Tensor x, Tensor weight, {_SLOTS}, {_ROUTE}, Tensor h, "
+    "Tensor? seed, float dropout_p, bool[6] needs, str backend) "
+    "-> (Tensor dx, Tensor dw, Tensor da, Tensor dbt, Tensor dbias, Tensor dgate)"
+)
+_library.define(
+    f"multi_lora_add_(Tensor(a!) y, Tensor x, {_SLOTS}, {_ROUTE}, int out_offset, str backend) "
+    "-> ()"
+)
+
+
+def _fake(x, weight, a, bt, rank, scale, gate, ids, order, offsets, bias, seed, p, save_h, backend):
+    h = x.new_empty(ids.shape[0], a.shape[1]) if save_h else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
+
+
+def _fake_backward(
+    dy, x, weight, a, bt, rank, scale, gate, ids, order, offsets, h, seed, p, needs, backend
+):
+    bias = x.new_empty(weight.shape[0])
+    return tuple(
+        t.new_empty(t.shape) if need else x.new_empty(0)
+        for t, need in zip((x, weight, a, bt, bias, gate), needs, strict=True)
+    )
+
+
+def _fake_add(y, x, a, bt, rank, scale, gate, ids, order, offsets, out_offset, backend):
+    return None
+
+
+def _cast(slots: Slots, dtype: torch.dtype) -> Slots:
+    """fp32 masters as the products take them."""
+    return slots._replace(a_slots=slots.a_slots.to(dtype), bt_slots=slots.bt_slots.to(dtype))
+
+
+def _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend):
+    dispatch.require("multi_lora_linear", backend, REFUSALS, x)
+    forward = forward_triton if backend == "triton" else forward_torch
+    slots = _cast(slots, x.dtype)
+    y, h = forward(_rows(x), weight, slots, route, bias, seed, dropout_p, save_h)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):
+    dispatch.require("multi_lora_linear", backend, REFUSALS, x)
+    backward = backward_triton if backend == "triton" else backward_torch
+    need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
+    dy, rows = _rows(dy), _rows(x)
+    skinny = need_dx, need_da, need_db, need_dgate
+    cast = _cast(slots, x.dtype)
+    dx, da, dbt, dgate = backward(dy, rows, weight, cast, route, h, seed, dropout_p, skinny)
+    dw = dy.t() @ rows if need_dw else None
+    dbias = dy.sum(0) if need_dbias else None
+    if need_dx:
+        dx = dx.view(x.shape)
+    if need_da:
+        da = da.to(slots.a_slots.dtype)
+    if need_db:
+        dbt = dbt.to(slots.bt_slots.dtype)
+    if need_dgate:
+        dgate = dgate.to(slots.gate.dtype)
+    return dx, dw, da, dbt, dbias, dgate
+
+
+class _Segment(NamedTuple):
+    """The rows of one adapter that are in the batch, on the host."""
+
+    j: int
+    rank: int
+    scale: float
+    rows: Tensor
+
+
+def _segments(slots: Slots, route: Route) -> list[_Segment]:
+    offsets = route.offsets.tolist()
+    found = zip(slots.rank.tolist(), slots.scale.tolist(), offsets[:-1], offsets[1:], strict=True)
+    return [
+        _Segment(j, rank, scale, route.order[begin:end])
+        for j, (rank, scale, begin, end) in enumerate(found)
+        if end > begin and rank
+    ]
+
+
+class _Everyone(NamedTuple):
+    """All slots as one adapter of rank G R, of which each row sees its own R columns.
+
+    G times the adapters' flops, and no value that the host would have to wait for.
+    """
+
+    live: Tensor  # bool [M, R]: the row has an adapter, of at least this rank
+    own: Tensor  # int64 [M, R]: its column among all
+    factor: Tensor  # fp32 [M, R]: scale_j g_j
+    columns: int
+
+    @classmethod
+    def of(cls, slots: Slots, route: Route) -> "_Everyone":
+        G, R = slots.gate.shape
+        j = route.ids.clamp(min=0).long()
+        r = torch.arange(R, device=j.device)
+        live = (route.ids[:, None] >= 0) & (r < slots.rank[j][:, None])
+        return cls(live, j[:, None] * R + r, slots.scale[j][:, None] * slots.gate[j], G * R)
+
+    def pick(self, t: Tensor) -> Tensor:
+        """[M, G R] -> each row's own [M, R]."""
+        return torch.where(self.live, t.gather(1, self.own), 0)
+
+    def spread(self, t: Tensor) -> Tensor:
+        """[M, R] -> [M, G R], zero outside each row's own columns."""
+        return t.new_zeros(t.shape[0], self.columns).scatter_(1, self.own, t)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Where the host may look at the routing: a GPU would have to be waited for."""
+    return x.is_cpu
+
+
+def forward_torch(x, weight, slots, route, bias, seed, dropout_p, save_h):
+    x_kept, _, keep_scale = _masked(x, seed, dropout_p)
+    y = F.linear(x, weight, bias)
+    if _on_host(x):
+        h = torch.zeros(x.shape[0], slots.gate.shape[1], dtype=x.dtype, device=x.device)
+        for j, rank, scale, rows in _segments(slots, route):
+            a, bt = slots.a_slots[j, :rank], slots.bt_slots[j, :rank]
+            h_j = _scaled_mm(keep_scale, x_kept[rows], a.t())
+            h[rows, :rank] = h_j
+            t = (h_j * slots.gate[j, :rank]).to(x.dtype)
+            y[rows] = torch.addmm(y[rows], t, bt, alpha=scale)
+    else:
+        every = _Everyone.of(slots, route)
+        a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
+        h = every.pick(_scaled_mm(keep_scale, x_kept, a.t()))
+        y.addmm_(every.spread((h * every.factor).to(x.dtype)), bt)
+    return y, h if save_h else None
+
+
+def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
+    need_dx, need_da, need_db, need_dgate = needs
+    x_kept, keep, keep_scale = (
+        _masked(x, seed, dropout_p) if need_da or seed is not None else (x, None, 1.0)
+    )
+    dx = dy @ weight if need_dx else None
+    da = torch.zeros_like(slots.a_slots) if need_da else None
+    dbt = torch.zeros_like(slots.bt_slots) if need_db else None
+    dgate = torch.zeros_like(slots.gate) if need_dgate else None
+    if _on_host(x):
+        for j, rank, scale, rows in _segments(slots, route):
+            a, bt, gate = (t[j, :rank] for t in (slots.a_slots, slots.bt_slots, slots.gate))
+            dy_j = dy[rows]
+            if need_dx or need_da:
+                dh = (_scaled_mm(scale, dy_j, bt.t()) * gate).to(x.dtype)
+            if need_da:
+                da[j, :rank] = _scaled_mm(keep_scale, dh.t(), x_kept[rows])
+            if need_db or need_dgate:
+                p = _scaled_mm(scale, h[rows, :rank].t(), dy_j)
+            if need_dgate:
+                dgate[j, :rank] = (p.to(gate.dtype) * bt).sum(1)
+            if need_db:
+                dbt[j, :rank] = p * gate[:, None]
+            if need_dx:
+                lora = _scaled_mm(keep_scale, dh, a)
+                dx[rows] += lora if keep is None else lora.masked_fill_(~keep[rows], 0)
+        return dx, da, dbt, dgate
+
+    every, shape = _Everyone.of(slots, route), slots.gate.shape
+    a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
+    if need_dx or need_da:
+        dh = every.spread((every.pick(dy @ bt.t()) * every.factor).to(x.dtype))
+    if need_da:
+        da = _scaled_mm(keep_scale, dh.t(), x_kept).unflatten(0, shape)
+    if need_db or need_dgate:
+        p = (every.spread(h).t() @ dy).unflatten(0, shape)
+        scale = slots.scale[:, None]
+    if need_dgate:
+        dgate = scale * (p.to(slots.gate.dtype) * slots.bt_slots).sum(2)
+    if need_db:
+        dbt = (p * (scale * slots.gate)[..., None]).to(x.dtype)
+    if need_dx:
+        lora = _scaled_mm(keep_scale, dh, a)
+        dx += lora if keep is None else lora.masked_fill_(~keep, 0)
+    return dx, da, dbt, dgate
+
+
+def forward_triton(x, weight, slots, route, bias, seed, dropout_p, save_h):
+    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_gemm
+    from fused_lora.triton_kernels.multi_shrink import multi_shrink
+
+    drop = _dropout_args(seed, dropout_p)
+    t, h = multi_shrink(x, slots, slots.a_slots, route, dropout=drop, save_h=save_h)
+    return multi_segment_gemm(x, weight, t, slots.bt_slots, slots, route, bias=bias), h
+
+
+def backward_triton(dy, x, weight, slots, route, h, seed, dropout_p, needs):
+    from fused_lora.triton_kernels.dropout import dropout_bits
+    from fused_lora.triton_kernels.multi_row_reduce import multi_row_reduce
+    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_gemm
+    from fused_lora.triton_kernels.multi_shrink import multi_shrink
+
+    need_dx, need_da, need_db, need_dgate = needs
+    dx = da = dbt = dgate = None
+    drop = _dropout_args(seed, dropout_p)
+    if need_dx or need_da:
+        dh, _ = multi_shrink(dy, slots, slots.bt_slots, route)
+    if need_da:
+        da = torch.empty_like(slots.a_slots, memory_format=torch.contiguous_format)
+        multi_row_reduce(x, dh, slots, route, da, dropout=drop)
+    if need_db or need_dgate:
+        dbt = torch.empty_like(slots.bt_slots, memory_format=torch.contiguous_format)
+        w = slots.bt_slots if need_dgate else None
+        dgate = multi_row_reduce(dy, h, slots, route, dbt, scaled=True, w=w)
+    if need_dx:
+        mask = drop and (dropout_bits(seed, *x.shape, drop[1]), drop[2])
+        dx = multi_segment_gemm(dy, weight.t(), dh, slots.a_slots, slots, route, mask=mask)
+    return dx, da, dbt if need_db else None, dgate
+
+
+def _add(y, x, slots, route, out_offset, backend):
+    dispatch.require("multi_lora_add_", backend, REFUSALS, x)
+    slots = _cast(slots, x.dtype)
+    part = _rows(y)[:, out_offset : out_offset + slots.bt_slots.shape[2]]
+    rows = _rows(x)
+    if backend == "triton":
+        from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_
+        from fused_lora.triton_kernels.multi_shrink import multi_shrink
+
+        t, _ = multi_shrink(rows, slots, slots.a_slots, route)
+        multi_segment_add_(part, t, slots.bt_slots, slots, route)
+    elif _on_host(x):
+        for j, rank, scale, of_j in _segments(slots, route):
+            h = rows[of_j] @ slots.a_slots[j, :rank].t()
+            t = (h * slots.gate[j, :rank]).to(x.dtype)
+            part[of_j] = torch.addmm(part[of_j], t, slots.bt_slots[j, :rank], alpha=scale)
+    else:
+        every = _Everyone.of(slots, route)
+        h = every.pick(rows @ slots.a_slots.flatten(0, 1).t())
+        t = every.spread((h * every.factor).to(x.dtype))
+        part.addmm_(t, slots.bt_slots.flatten(0, 1))
+
+
+def _op_forward(x, weight, *rest):
+    slots, route, (bias, seed, p, save_h, backend) = _unpack(rest)
+    y, h = _forward(x, weight, slots, route, bias, seed, p, save_h, backend)
+    return y, x.new_empty(0) if h is None else h
+
+
+def _op_backward(dy, x, weight, *rest):
+    slots, route, (h, seed, p, needs, backend) = _unpack(rest)
+    grads = _backward(dy, x, weight, slots, route, h, seed, p, needs, backend)
+    return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
+
+
+def _op_add(y, x, *rest):
+    slots, route, (out_offset, backend) = _unpack(rest)
+    _add(y, x, slots, route, out_offset, backend)
+
+
+def _unpack(rest):
+    return Slots(*rest[:5]), Route(*rest[5:8]), rest[8:]
+
+
+_library.impl("multi_lora_linear", _op_forward, "CompositeExplicitAutograd")
+_library.impl("multi_lora_linear_backward", _op_backward, "CompositeExplicitAutograd")
+_library.impl("multi_lora_add_", _op_add, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_lora::multi_lora_linear", _fake, lib=_library)
+torch.library.register_fake("fused_lora::multi_lora_linear_backward", _fake_backward, lib=_library)
+torch.library.register_fake("fused_lora::multi_lora_add_", _fake_add, lib=_library)
+
+
+class MultiLoRALinearFunction(torch.autograd.Function):
+    """x [..., K], weight [N, K], bias [N], the Slots, the Route, and `leaves`: lora_a [r, K],
+    lora_b [N, r] and gate [r] of one slot after another, parts of the slots' memory -> y [..., N].
+
+    backward: gradients of x, weight, bias, a_slots, bt_slots, gate and every leaf, each only where
+    it is asked for. Saved: x, weight, the slots, the route, h [M, R] and the seed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, *rest):
+        slots, route, (seed, dropout_p, backend, places, *leaves) = _unpack(rest)
+        wanted = ctx.needs_input_grad
+        of_leaf = wanted[len(wanted) - len(leaves) :]
+        # a_slots, bt_slots and gate are inputs 3, 4 and 7; leaves come in threes.
+        of_slots = [wanted[3 + i] or any(of_leaf[k::3]) for i, k in ((0, 0), (1, 1), (4, 2))]
+        save_h = of_slots[1] or of_slots[2]
+        if dispatch.watched(x):
+            y, h = torch.ops.fused_lora.multi_lora_linear(
+                x, weight, *slots, *route, bias, seed, dropout_p, save_h, backend
+            )
+        else:
+            y, h = _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend)
+        ctx.save_for_backward(x, weight, *slots, *route, h, seed)
+        ctx.dropout_p, ctx.backend, ctx.places, ctx.of_slots = dropout_p, backend, places, of_slots
+        ctx.num_leaves = len(leaves)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, *rest = ctx.saved_tensors
+        slots, route, (h, seed) = _unpack(rest)
+        wanted = ctx.needs_input_grad
+        need_da, need_db, need_dgate = ctx.of_slots
+        needs = [wanted[0], wanted[1], need_da, need_db, wanted[2], need_dgate]
+        if dispatch.watched(x):
+            grads = torch.ops.fused_lora.multi_lora_linear_backward(
+                dy, x, weight, *slots, *route, h, seed, ctx.dropout_p, needs, ctx.backend
+            )
+        else:
+            grads = _backward(
+                dy, x, weight, slots, route, h, seed, ctx.dropout_p, needs, ctx.backend
+            )
+        dx, dw, da, dbt, dbias, dgate = grads
+        leaves = []
+        for slot, rank in ctx.places:
+            leaves.append(da[slot, :rank] if need_da else None)
+            leaves.append(dbt[slot, :rank].t() if need_db else None)
+            leaves.append(dgate[slot, :rank] if need_dgate else None)
+        full = [dx, dw, dbias, da, dbt, None, None, dgate, *[None] * 7, *leaves]
+        return tuple(g if need else None for g, need in zip(full, wanted, strict=True))
+
+
+def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
+    """The tensors of a bank, checked against x [..., K] and the output width N."""
+    fields = "a_slots", "bt_slots", "rank", "scale", "gate"
+    if not all(isinstance(getattr(bank, name, None), Tensor) for name in fields):
+        raise TypeError(
+            f"{op}: bank must be an AdapterBank or have the tensors {', '.join(fields)}, got "
+            f"{type(bank).__name__}"
+        )
+    slots = Slots(*(getattr(bank, name) for name in fields))
+    for name in ("a_slots", "bt_slots"):
+        check.check_tensor(op, f"bank.{name}", getattr(slots, name))
+    K = x.shape[-1]
+    if slots.a_slots.ndim != 3 or slots.a_slots.shape[2] != K:
+        raise ValueError(
+            f"{op}: bank.a_slots must have shape [G, R, K] = [any, any, {K}], got "
+            f"{list(slots.a_slots.shape)}"
+        )
+    G, R = slots.a_slots.shape[:2]
+    width = slots.bt_slots.shape[-1] if N is None else N
+    for name, wanted, spelled in (
+        ("bt_slots", (G, R, width), "[G, R, N]"),
+        ("rank", (G,), "[G]"),
+        ("scale", (G,), "[G]"),
+        ("gate", (G, R), "[G, R]"),
+    ):
+        check.check_shape(op, f"bank.{name}", getattr(slots, name), wanted, spelled)
+    for name, dtype in (("rank", torch.int32), ("scale", torch.float32), ("gate", torch.float32)):
+        if (value := getattr(slots, name)).dtype not in (dtype, torch.float64):
+            raise TypeError(
+                f"{op}: bank.{name} must have dtype {check.names([dtype])}, got "
+                f"{check.names([value.dtype])}"
+            )
+    for name, value in zip(fields, slots, strict=True):
+        check.check_device(op, f"bank.{name}", value, x)
+    for name in ("a_slots", "bt_slots"):
+        check.check_adapter_dtype(op, f"bank.{name}", getattr(slots, name), x)
+    return slots._replace(gate=slots.gate.contiguous())
+
+
+def _route_of(op: str, adapter_ids, slots: Slots, x: Tensor) -> Route:
+    G = slots.rank.shape[0]
+    if not isinstance(adapter_ids, AdapterRouting):
+        check.check_tensor(op, "adapter_ids", adapter_ids, (torch.int32, torch.int64))
+        check.check_device(op, "adapter_ids", adapter_ids, x)
+        adapter_ids = AdapterRouting(adapter_ids, G)
+    if adapter_ids.num_slots != G:
+        raise ValueError(
+            f"{op}: adapter_ids was routed for {adapter_ids.num_slots} slots, the bank has {G}"
+        )
+    routing = adapter_ids.rows_of(x)
+    check.check_device(op, "adapter_ids", routing.ids, x)
+    return Route(routing.ids, routing.order, routing.offsets)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bank,
+    adapter_ids: Tensor | AdapterRouting,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base
+    alone.
+
+    LoRA (arXiv 2106.09685), batched as in Punica (arXiv 2310.18547); with gates SoRA (arXiv
+    2311.11696), an adapter each.
+
+    Shapes: x [..., K] of any strides, weight [N, K], bias [N]; returns [..., N]. adapter_ids int32
+    or int64, of x's leading shape or of its first dimensions (one id for a sequence), or an
+    AdapterRouting of them, which the layers of a model share. bank is an AdapterBank, or anything
+    with a_slots [G, R, K], bt_slots [G, R, N] (B transposed), rank int32 [G], scale fp32 [G] and
+    gate fp32 [G, R]. Rank rows of a slot past its rank are no part of the result; they must be
+    finite (an AdapterBank keeps them at zero). A slot of rank 0 gives the base.
+
+    Dtypes and autocast as in lora_linear; slots in x's dtype or fp32 masters of it. Dropout, seed
+    and backend as there: row i has the mask it would have in lora_linear.
+
+    With backend="triton" no value depends on which other rows are in the batch, given its number of
+    rows. Gradients: x, weight, bias, and each adapter's lora_a, lora_b and gate, zero for one
+    without rows; once differentiable. Saved: x, h [M, R], the routing and the seed.
+
+    Raises TypeError, ValueError and NotImplementedError as lora_linear does, IndexError for ids
+    outside [-1, G) (see AdapterRouting), RuntimeError for a backend that cannot run.
+    """
+    op = "multi_lora_linear"
+    backend = dispatch.choose(backend)
+    check.check_tensor(op, "x", x)
+    check.check_tensor(op, "weight", weight)
+    if bias is not None:
+        check.check_tensor(op, "bias", bias)
+    check.check_dropout(op, dropout_p)
+    check.check_seed(op, seed, x)
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
+    check.check_shape(op, "weight", weight, (None, x.shape[-1]), "[N, K]")
+    if bias is not None:
+        check.check_shape(op, "bias", bias, (weight.shape[0],), "[N]")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check.check_device(op, name, t, x)
+    autocast = check.autocast_dtype(x)
+    if autocast is not None:
+        x, weight, bias = (check.autocast(t, autocast) for t in (x, weight, bias))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check.check_same_dtype(op, name, t, x)
+    slots = _slots_of(op, bank, x, weight.shape[0])
+    route = _route_of(op, adapter_ids, slots, x)
+    if not (training and dropout_p > 0):
+        seed, dropout_p = None, 0.0
+    elif seed is None:
+        seed = reference.draw_seed(x.device)
+    elif isinstance(seed, int):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    if autocast is None:
+        return _run(x, weight, bias, slots, route, seed, float(dropout_p), backend, bank)
+    with torch.autocast(x.device.type, enabled=False):
+        return _run(x, weight, bias, slots, route, seed, float(dropout_p), backend, bank)
+
+
+def _run(x, weight, bias, slots, route, seed, dropout_p, backend, bank) -> Tensor:
+    if torch.is_grad_enabled():
+        places, leaves = bank.leaves() if hasattr(bank, "leaves") else ((), ())
+        tensors = x, weight, bias, *slots, *leaves
+        if any(t is not None and t.requires_grad for t in tensors):
+            return MultiLoRALinearFunction.apply(
+                x, weight, bias, *slots, *route, seed, dropout_p, backend, places, *leaves
+            )
+    if dispatch.watched(x):
+        return torch.ops.fused_lora.multi_lora_linear(
+            x, weight, *slots, *route, bias, seed, dropout_p, False, backend
+        )[0]
+    return _forward(x, weight, slots, route, bias, seed, dropout_p, False, backend)[0]
+
+
+def multi_lora_add_(
+    y: Tensor,
+    x: Tensor,
+    bank,
+    adapter_ids: Tensor | AdapterRouting,
+    *,
+    out_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """y[..., out_offset : out_offset + N] += s_j ((x_i A_j^T) * g_j) B_j^T in place; returns y.
+
+    For engines that own the base product; out_offset picks one projection of a packed output (q, k
+    or v of QKV). y [..., at least out_offset + N] and x [..., K] share leading shape, dtype and
+    device; bank and adapter_ids as in multi_lora_linear. No gradients: an inference op.
+
+    Raises TypeError, ValueError, IndexError and RuntimeError as multi_lora_linear does, and
+    RuntimeError where y or x requires a gradient.
+    """
+    op = "multi_lora_add_"
+    backend = dispatch.choose(backend)
+    for name, t in (("y", y), ("x", x)):
+        check.check_tensor(op, name, t)
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
+    check.check_device(op, "y", y, x)
+    check.check_same_dtype(op, "y", y, x)
+    slots = _slots_of(op, bank, x, None)
+    if isinstance(out_offset, bool) or not isinstance(out_offset, int):
+        raise TypeError(f"{op}: out_offset must be an int, got {type(out_offset).__name__}")
+    width = out_offset + slots.bt_slots.shape[2]
+    if y.shape[:-1] != x.shape[:-1] or out_offset < 0 or y.shape[-1] < width:
+        raise ValueError(
+            f"{op}: y must have shape {[*x.shape[:-1], f'at least {width}']} for out_offset = "
+            f"{out_offset}, got {list(y.shape)}"
+        )
+    if y.ndim > 2 and not y.is_contiguous():
+        raise ValueError(f"{op}: y of more than two dimensions must be contiguous")
+    route = _route_of(op, adapter_ids, slots, x)
+    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
+        raise RuntimeError(f"{op} has no gradients: y and x must not require one")
+    with torch.no_grad():
+        add = torch.ops.fused_lora.multi_lora_add_
+        add(y, x, *slots, *route, out_offset, backend)
+    return y
+
+
+@dispatch.explains("multi_lora_linear")
+def _explain(x, weight, bank, adapter_ids, bias=None, *, backend=None, **options):
+    _slots_of("multi_lora_linear", bank, x, weight.shape[0])
+    return dispatch.choose(backend), x, REFUSALS
