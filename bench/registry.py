@@ -1,12 +1,13 @@
 """What is measured: for each operation its cases, its flops and bytes, and the contenders."""
 
-import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fused_lora.bench.baselines import BASELINES, SCALE, torch_keep
+from fused_lora.bench.peers import PEERS
 from torch import Tensor
 
 import fused_lora as fl
@@ -65,8 +66,6 @@ class Op(NamedTuple):
 
 # lora_linear: x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R].
 
-SCALE = 2.0
-
 
 class LinearCase(NamedTuple):
     M: int
@@ -112,10 +111,6 @@ def linear_bytes(case: LinearCase, direction: str) -> int:
     return elements * case.dtype.itemsize
 
 
-def _torch_keep(case, x):
-    return F.dropout(torch.ones_like(x), case.p) != 0
-
-
 def _our_keep(case, x):
     return reference.dropout_mask(reference.draw_seed(x.device), *x.shape, case.p)
 
@@ -130,30 +125,6 @@ def _naive(case, x, weight, a, b):
         return F.linear(x, weight) + SCALE * F.linear(F.linear(kept, a), b)
 
     return forward
-
-
-def _peft(case, x, weight, a, b):
-    """PEFT's module with these tensors in it; its adapters have x's dtype, like everyone's."""
-    import peft
-
-    model = torch.nn.Sequential(torch.nn.Linear(case.K, case.N, bias=False, device="meta"))
-    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
-    config = peft.LoraConfig(
-        r=case.R, lora_alpha=SCALE * case.R, lora_dropout=case.p, target_modules=["0"]
-    )
-    layer = peft.get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model[0]
-    for projection, tensor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
-        del projection.weight
-        projection.weight = tensor
-    return lambda: layer(x)
-
-
-def _peft_missing(device: torch.device, case) -> str | None:
-    return None if importlib.util.find_spec("peft") else "it is not installed (pip install peft)"
-
-
-PEERS: dict = {"peft": {"build": _peft, "keep": _torch_keep, "unavailable": _peft_missing}}
-BASELINES: dict = {}
 
 
 def _ours(backend: str) -> Contender:
@@ -205,12 +176,17 @@ def _linear_stages() -> dict[str, Stage]:
     common = "linear", "naive", "naive again", "addmm", "torch", "triton"
     training = [case for p in (0.0, 0.1) for case in bf16((8192, 2048), p=p)]
     ragged = [LinearCase(M, 4096, 4096, dtype=BF16) for M in (2837, 4097)]
+    # torch.compile takes longer for a case than all the others: it has a stage of its own.
+    usual = *common, "peft", "peft, adapters in x's dtype", "lorafusion form", "grouped_mm"
+    serving = *usual, "bgmv form", "vllm", "sglang"
     return {
-        "cpu": Stage(_cpu_cases()),
-        "cpu-quick": Stage([LinearCase(16, 512, 512), LinearCase(128, 1024, 1024, p=0.1)]),
-        "quick": Stage(bf16((16, 2048), {"q, o": (4096, 4096)})),
-        "training": Stage(training + ragged),
-        "decode": Stage(bf16((1, 4, 16, 64)), directions=("forward",)),
+        "cpu": Stage(_cpu_cases(), contenders=usual),
+        "cpu-quick": Stage(
+            [LinearCase(16, 512, 512), LinearCase(128, 1024, 1024, p=0.1)], contenders=usual
+        ),
+        "quick": Stage(bf16((16, 2048), {"q, o": (4096, 4096)}), contenders=usual),
+        "training": Stage(training + ragged, contenders=usual),
+        "decode": Stage(bf16((1, 4, 16, 64)), directions=("forward",), contenders=serving),
         "compiled": Stage(
             bf16((2048, 8192, 16), LLAMA_8B),
             contenders=(*common, "compiled", "compiled, autotuned"),
@@ -234,9 +210,9 @@ LORA_LINEAR = Op(
     baseline="naive",
     ours=("torch", "triton"),
     contenders={
-        "linear": Contender(_base, _torch_keep),
-        "naive": Contender(_naive, _torch_keep),
-        "naive again": Contender(_naive, _torch_keep),
+        "linear": Contender(_base, torch_keep),
+        "naive": Contender(_naive, torch_keep),
+        "naive again": Contender(_naive, torch_keep),
         "torch": _ours("torch"),
         "triton": _ours("triton"),
         **_also(PEERS),

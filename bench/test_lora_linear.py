@@ -19,9 +19,10 @@ def graphs():
 
 @pytest.mark.parametrize("case", STAGE.cases, ids=str)
 def test_lora_linear(case, benchmark, record, graphs):
-    reasons = {name: c.unavailable(DEVICE, case) for name, c in OP.contenders.items()}
+    wanted = {name: OP.contenders[name] for name in STAGE.contenders or OP.contenders}
+    reasons = {name: c.unavailable(DEVICE, case) for name, c in wanted.items()}
     missing = {name: reason for name, reason in reasons.items() if reason}
-    present = {name: c for name, c in OP.contenders.items() if name not in missing}
+    present = {name: c for name, c in wanted.items() if name not in missing}
     measured = Interleaved(OP, case, present, DEVICE, STAGE.directions, graphs)
     benchmark.pedantic(measured.round, rounds=measured.plan())
     measured.check_floors()

@@ -145,9 +145,11 @@ def call(case: Case):
     if case.call.startswith("multi"):
         from fused_lora.ops import multi_lora_linear as multi
 
-        ids, order, offsets, rank = (empty(n, dtype=torch.int32) for n in (M, M, SLOTS + 1, SLOTS))
+        ids, order, offsets, rank, table = (
+            empty(n, dtype=torch.int32) for n in (M, M, SLOTS + 1, SLOTS, SLOTS)
+        )
         scale, gate = empty(SLOTS, dtype=torch.float32), empty(SLOTS, R, dtype=torch.float32)
-        slots = multi.Slots(empty(SLOTS, R, K), empty(SLOTS, R, N), rank, scale, gate)
+        slots = multi.Slots(empty(SLOTS, R, K), empty(SLOTS, R, N), rank, scale, gate, table)
         route = multi.Route(ids, order, offsets)
         if "needs" not in options:
             multi.forward_triton(x, w, slots, route, empty(N), seed, p, options["save_h"])

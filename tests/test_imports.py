@@ -21,6 +21,7 @@ ALLOWED = {
     "nn": {"ops", "reference"},
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
+    "bank": {"ops"},
 }
 LAZY = {"triton_kernels", "_C"}
 

@@ -281,7 +281,7 @@ def test_saved_for_the_backward():
     )
     inputs = {t.data_ptr() for t in (*tensors, routing.ids, routing.order, routing.offsets)}
     extra = sorted(tuple(t.shape) for t in kept if t.data_ptr() not in inputs)
-    assert extra == [(1,), (64, 4)]  # the seed and h
+    assert extra == [(1,), (2,), (64, 4)]  # the seed, the table of slots and h
 
 
 def test_gradcheck():
@@ -306,7 +306,8 @@ def test_opcheck(backend, p):
     routing = fl.AdapterRouting(ids_of("some", 20, 2), 2)
     route = routing.ids, routing.order, routing.offsets
     seed = torch.tensor([3], device=DEVICE) if p else None
-    slots = (a, bt, rank, scale, gate.contiguous())
+    table = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    slots = (a, bt, rank, scale, gate.contiguous(), table)
     ops = torch.ops.fused_lora
     torch.library.opcheck(
         ops.multi_lora_linear, (x, weight, *slots, *route, bias, seed, p, True, backend)

@@ -1,6 +1,7 @@
 """Low-rank adapters that cost almost nothing beyond the frozen layer that they adapt."""
 
 from fused_lora import nn, optim, reference
+from fused_lora.bank import AdapterBank
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.ops.dispatch import backends, use_backend, why
 from fused_lora.ops.lora_linear import lora_linear
@@ -10,6 +11,7 @@ from fused_lora.ops.routing import AdapterRouting
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "AdapterRouting",
     "LoRAConfig",
     "backends",

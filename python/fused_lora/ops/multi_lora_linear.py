@@ -4,6 +4,7 @@ Row by row it is lora_linear, with the same gradients: dA_j, dB_j and dg_j are s
 adapter j alone.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,15 @@ REFUSALS = {
 
 
 class Slots(NamedTuple):
-    """What the kernels read of a bank: a_slots [G, R, K], bt_slots [G, R, N], rank int32 [G],
-    scale fp32 [G], gate fp32 [G, R]."""
+    """What the kernels read of a bank: a_slots [P, R, K], bt_slots [P, R, N], rank int32 [P],
+    scale fp32 [P], gate fp32 [P, R] and table int32 [G], the slot of each id."""
 
     a_slots: Tensor
     bt_slots: Tensor
     rank: Tensor
     scale: Tensor
     gate: Tensor
+    table: Tensor
 
 
 class Route(NamedTuple):
@@ -45,7 +47,7 @@ class Route(NamedTuple):
 
 # Contract. Slots and Route stand as their tensors, in order. h is empty where save_h is false, a
 # gradient whose needs[i] is false too. needs: x, weight, a_slots, bt_slots, bias, gate.
-_SLOTS = "Tensor a_slots, Tensor bt_slots, Tensor rank, Tensor scale, Tensor gate"
+_SLOTS = "Tensor a_slots, Tensor bt_slots, Tensor rank, Tensor scale, Tensor gate, Tensor table"
 _ROUTE = "Tensor ids, Tensor order, Tensor offsets"
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
@@ -63,22 +65,22 @@ _library.define(
 )
 
 
-def _fake(x, weight, a, bt, rank, scale, gate, ids, order, offsets, bias, seed, p, save_h, backend):
-    h = x.new_empty(ids.shape[0], a.shape[1]) if save_h else x.new_empty(0)
+def _fake(x, weight, *rest):
+    slots, route, (bias, seed, p, save_h, backend) = _unpack(rest)
+    h = x.new_empty(route.ids.shape[0], slots.gate.shape[1]) if save_h else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), h
 
 
-def _fake_backward(
-    dy, x, weight, a, bt, rank, scale, gate, ids, order, offsets, h, seed, p, needs, backend
-):
-    bias = x.new_empty(weight.shape[0])
+def _fake_backward(dy, x, weight, *rest):
+    slots, _, (h, seed, p, needs, backend) = _unpack(rest)
+    like = x, weight, slots.a_slots, slots.bt_slots, x.new_empty(weight.shape[0]), slots.gate
     return tuple(
         t.new_empty(t.shape) if need else x.new_empty(0)
-        for t, need in zip((x, weight, a, bt, bias, gate), needs, strict=True)
+        for t, need in zip(like, needs, strict=True)
     )
 
 
-def _fake_add(y, x, a, bt, rank, scale, gate, ids, order, offsets, out_offset, backend):
+def _fake_add(y, x, *rest):
     return None
 
 
@@ -119,26 +121,25 @@ def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):
 class _Segment(NamedTuple):
     """The rows of one adapter that are in the batch, on the host."""
 
-    j: int
+    slot: int
     rank: int
     scale: float
     rows: Tensor
 
 
 def _segments(slots: Slots, route: Route) -> list[_Segment]:
-    offsets = route.offsets.tolist()
-    found = zip(slots.rank.tolist(), slots.scale.tolist(), offsets[:-1], offsets[1:], strict=True)
+    offsets, ranks, scales = route.offsets.tolist(), slots.rank.tolist(), slots.scale.tolist()
     return [
-        _Segment(j, rank, scale, route.order[begin:end])
-        for j, (rank, scale, begin, end) in enumerate(found)
-        if end > begin and rank
+        _Segment(slot, ranks[slot], scales[slot], route.order[begin:end])
+        for slot, begin, end in zip(slots.table.tolist(), offsets[:-1], offsets[1:], strict=True)
+        if end > begin and ranks[slot]
     ]
 
 
 class _Everyone(NamedTuple):
-    """All slots as one adapter of rank G R, of which each row sees its own R columns.
+    """All slots as one adapter of rank P R, of which each row sees its own R columns.
 
-    G times the adapters' flops, and no value that the host would have to wait for.
+    P times the adapters' flops, and no value that the host would have to wait for.
     """
 
     live: Tensor  # bool [M, R]: the row has an adapter, of at least this rank
@@ -148,18 +149,18 @@ class _Everyone(NamedTuple):
 
     @classmethod
     def of(cls, slots: Slots, route: Route) -> "_Everyone":
-        G, R = slots.gate.shape
-        j = route.ids.clamp(min=0).long()
+        P, R = slots.gate.shape
+        j = slots.table[route.ids.clamp(min=0)].long()
         r = torch.arange(R, device=j.device)
         live = (route.ids[:, None] >= 0) & (r < slots.rank[j][:, None])
-        return cls(live, j[:, None] * R + r, slots.scale[j][:, None] * slots.gate[j], G * R)
+        return cls(live, j[:, None] * R + r, slots.scale[j][:, None] * slots.gate[j], P * R)
 
     def pick(self, t: Tensor) -> Tensor:
-        """[M, G R] -> each row's own [M, R]."""
+        """[M, P R] -> each row's own [M, R]."""
         return torch.where(self.live, t.gather(1, self.own), 0)
 
     def spread(self, t: Tensor) -> Tensor:
-        """[M, R] -> [M, G R], zero outside each row's own columns."""
+        """[M, R] -> [M, P R], zero outside each row's own columns."""
         return t.new_zeros(t.shape[0], self.columns).scatter_(1, self.own, t)
 
 
@@ -255,10 +256,10 @@ def backward_triton(dy, x, weight, slots, route, h, seed, dropout_p, needs):
     if need_dx or need_da:
         dh, _ = multi_shrink(dy, slots, slots.bt_slots, route)
     if need_da:
-        da = torch.empty_like(slots.a_slots, memory_format=torch.contiguous_format)
+        da = torch.zeros_like(slots.a_slots, memory_format=torch.contiguous_format)
         multi_row_reduce(x, dh, slots, route, da, dropout=drop)
     if need_db or need_dgate:
-        dbt = torch.empty_like(slots.bt_slots, memory_format=torch.contiguous_format)
+        dbt = torch.zeros_like(slots.bt_slots, memory_format=torch.contiguous_format)
         w = slots.bt_slots if need_dgate else None
         dgate = multi_row_reduce(dy, h, slots, route, dbt, scaled=True, w=w)
     if need_dx:
@@ -308,7 +309,7 @@ def _op_add(y, x, *rest):
 
 
 def _unpack(rest):
-    return Slots(*rest[:5]), Route(*rest[5:8]), rest[8:]
+    return Slots(*rest[:6]), Route(*rest[6:9]), rest[9:]
 
 
 _library.impl("multi_lora_linear", _op_forward, "CompositeExplicitAutograd")
@@ -368,7 +369,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             leaves.append(da[slot, :rank] if need_da else None)
             leaves.append(dbt[slot, :rank].t() if need_db else None)
             leaves.append(dgate[slot, :rank] if need_dgate else None)
-        full = [dx, dw, dbias, da, dbt, None, None, dgate, *[None] * 7, *leaves]
+        full = [dx, dw, dbias, da, dbt, None, None, dgate, *[None] * 8, *leaves]
         return tuple(g if need else None for g, need in zip(full, wanted, strict=True))
 
 
@@ -380,7 +381,11 @@ def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
             f"{op}: bank must be an AdapterBank or have the tensors {', '.join(fields)}, got "
             f"{type(bank).__name__}"
         )
-    slots = Slots(*(getattr(bank, name) for name in fields))
+    found = [getattr(bank, name) for name in fields]
+    table = getattr(bank, "table", None)
+    if table is None:  # id j is slot j
+        table = torch.arange(len(found[2]), dtype=torch.int32, device=found[2].device)
+    slots = Slots(*(*found, table))
     for name in ("a_slots", "bt_slots"):
         check.check_tensor(op, f"bank.{name}", getattr(slots, name))
     K = x.shape[-1]
@@ -398,13 +403,16 @@ def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
         ("gate", (G, R), "[G, R]"),
     ):
         check.check_shape(op, f"bank.{name}", getattr(slots, name), wanted, spelled)
-    for name, dtype in (("rank", torch.int32), ("scale", torch.float32), ("gate", torch.float32)):
+    if slots.table.ndim != 1:
+        raise ValueError(f"{op}: bank.table must have shape [G], got {list(slots.table.shape)}")
+    int32, fp32 = torch.int32, torch.float32
+    for name, dtype in (("table", int32), ("rank", int32), ("scale", fp32), ("gate", fp32)):
         if (value := getattr(slots, name)).dtype not in (dtype, torch.float64):
             raise TypeError(
                 f"{op}: bank.{name} must have dtype {check.names([dtype])}, got "
                 f"{check.names([value.dtype])}"
             )
-    for name, value in zip(fields, slots, strict=True):
+    for name, value in zip((*fields, "table"), slots, strict=True):
         check.check_device(op, f"bank.{name}", value, x)
     for name in ("a_slots", "bt_slots"):
         check.check_adapter_dtype(op, f"bank.{name}", getattr(slots, name), x)
@@ -412,7 +420,7 @@ def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
 
 
 def _route_of(op: str, adapter_ids, slots: Slots, x: Tensor) -> Route:
-    G = slots.rank.shape[0]
+    G = slots.table.shape[0]
     if not isinstance(adapter_ids, AdapterRouting):
         check.check_tensor(op, "adapter_ids", adapter_ids, (torch.int32, torch.int64))
         check.check_device(op, "adapter_ids", adapter_ids, x)
@@ -448,8 +456,9 @@ def multi_lora_linear(
     or int64, of x's leading shape or of its first dimensions (one id for a sequence), or an
     AdapterRouting of them, which the layers of a model share. bank is an AdapterBank, or anything
     with a_slots [G, R, K], bt_slots [G, R, N] (B transposed), rank int32 [G], scale fp32 [G] and
-    gate fp32 [G, R]. Rank rows of a slot past its rank are no part of the result; they must be
-    finite (an AdapterBank keeps them at zero). A slot of rank 0 gives the base.
+    gate fp32 [G, R], and, where ids are not slots, table int32, the slot of each id. Rank rows of a
+    slot past its rank are no part of the result; they must be finite (an AdapterBank keeps them at
+    zero). A slot of rank 0 gives the base.
 
     Dtypes and autocast as in lora_linear; slots in x's dtype or fp32 masters of it. Dropout, seed
     and backend as there: row i has the mask it would have in lora_linear.
@@ -491,10 +500,18 @@ def multi_lora_linear(
         seed = reference.draw_seed(x.device)
     elif isinstance(seed, int):
         seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    args = x, weight, bias, slots, route, seed, float(dropout_p), backend, bank
     if autocast is None:
-        return _run(x, weight, bias, slots, route, seed, float(dropout_p), backend, bank)
+        return _run(*args)
     with torch.autocast(x.device.type, enabled=False):
-        return _run(x, weight, bias, slots, route, seed, float(dropout_p), backend, bank)
+        return _run(*args)
+
+
+def _locked(bank):
+    """An AdapterBank's lock: no adapter is half written while a call reads it."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return getattr(bank, "lock", contextlib.nullcontext())
 
 
 def _run(x, weight, bias, slots, route, seed, dropout_p, backend, bank) -> Tensor:
@@ -502,14 +519,16 @@ def _run(x, weight, bias, slots, route, seed, dropout_p, backend, bank) -> Tenso
         places, leaves = bank.leaves() if hasattr(bank, "leaves") else ((), ())
         tensors = x, weight, bias, *slots, *leaves
         if any(t is not None and t.requires_grad for t in tensors):
-            return MultiLoRALinearFunction.apply(
-                x, weight, bias, *slots, *route, seed, dropout_p, backend, places, *leaves
-            )
+            with _locked(bank):
+                return MultiLoRALinearFunction.apply(
+                    x, weight, bias, *slots, *route, seed, dropout_p, backend, places, *leaves
+                )
     if dispatch.watched(x):
         return torch.ops.fused_lora.multi_lora_linear(
             x, weight, *slots, *route, bias, seed, dropout_p, False, backend
         )[0]
-    return _forward(x, weight, slots, route, bias, seed, dropout_p, False, backend)[0]
+    with _locked(bank):
+        return _forward(x, weight, slots, route, bias, seed, dropout_p, False, backend)[0]
 
 
 def multi_lora_add_(
@@ -552,7 +571,7 @@ def multi_lora_add_(
     route = _route_of(op, adapter_ids, slots, x)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
         raise RuntimeError(f"{op} has no gradients: y and x must not require one")
-    with torch.no_grad():
+    with torch.no_grad(), _locked(bank):
         add = torch.ops.fused_lora.multi_lora_add_
         add(y, x, *slots, *route, out_offset, backend)
     return y

@@ -1,0 +1,232 @@
+"""Many adapters of one layer, in slots of a fixed size.
+
+An id is what rows of a batch name; a table on the device says in which slot its adapter lies. There
+is one slot more than there are ids, so a new adapter is written beside the old one and then takes
+its place in one store: work that is captured in a CUDA graph sees the one or the other, whole.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_lora.ops import validation as check
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+class AdapterBank:
+    """The adapters of one layer by name, as multi_lora_linear reads them.
+
+        bank = fl.AdapterBank(in_features, out_features, max_adapters, max_rank)
+        j = bank.add("french", lora_a, lora_b, scale=2.0)
+        y = fl.multi_lora_linear(x, weight, bank, adapter_ids)     # rows with id j speak French
+
+    Ranks may differ, up to max_rank; an adapter may have a gate (SoRA). An id stays that of its
+    name until the name is removed; then rows that still carry it get the base output, until add
+    gives the id away again.
+
+    add, replace and remove enqueue their writes on the current stream, and take the bank's lock,
+    as multi_lora_linear does while it enqueues: they may be called from any thread while batches
+    run. Memory is allocated once, here.
+
+    trainable: lora_a, lora_b and gate of the adapter are leaf Parameters (see parameters); they
+    are views of the slot, so what an optimizer does to them is served at once. replace of such an
+    adapter copies into them.
+
+    Attributes: a_slots [P, R, K] and bt_slots [P, R, N] with P = max_adapters + 1, B transposed;
+    rank int32 [P], scale fp32 [P], gate fp32 [P, R]; table int32 [max_adapters], the slot of each
+    id. Rank rows past an adapter's rank are zero.
+
+    Raises TypeError and ValueError that name the argument (sizes below 1, dtype, shapes, a rank
+    above max_rank, a name that is taken or unknown, a full bank), before anything is written.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        max_adapters: int,
+        max_rank: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "max_adapters": max_adapters,
+            "max_rank": max_rank,
+        }
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"AdapterBank: {name} must be an int of at least 1, got {size!r}")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"AdapterBank: dtype must be {check.names(DTYPES)}, got {check.names([dtype])}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.max_adapters, self.max_rank = max_adapters, max_rank
+        slots = max_adapters + 1
+        self.a_slots = torch.zeros(slots, max_rank, in_features, dtype=dtype, device=device)
+        self.bt_slots = torch.zeros(slots, max_rank, out_features, dtype=dtype, device=device)
+        device = self.a_slots.device
+        self.rank = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.scale = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.gate = torch.ones(slots, max_rank, dtype=torch.float32, device=device)
+        self.table = torch.arange(max_adapters, dtype=torch.int32, device=device)
+        self.lock = threading.RLock()
+        self._ids: dict[str, int] = {}
+        self._places = list(range(max_adapters))  # the table, on the host
+        self._spare = max_adapters
+        self._free_ids = list(range(max_adapters))
+        self._trained: dict[int, tuple[Parameter, Parameter, Parameter]] = {}  # by id
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ids
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterBank({self.in_features}, {self.out_features}, {self.max_adapters}, "
+            f"{self.max_rank}, dtype={self.a_slots.dtype}, device={self.a_slots.device}): "
+            f"{len(self)} adapters"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._ids)
+
+    def index(self, name: str) -> int:
+        """The id of an adapter. Raises ValueError for a name that is not in the bank."""
+        if name not in self._ids:
+            raise ValueError(
+                f"AdapterBank: there is no adapter {name!r}; there are "
+                f"{', '.join(map(repr, self._ids)) or 'none'}"
+            )
+        return self._ids[name]
+
+    def add(
+        self,
+        name: str,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        scale: float,
+        gate: Tensor | None = None,
+        trainable: bool = False,
+    ) -> int:
+        """Put an adapter (lora_a [r, K], lora_b [N, r], gate [r]) into a free slot; its id."""
+        self._check(lora_a, lora_b, scale, gate)
+        with self.lock:
+            if name in self._ids:
+                raise ValueError(
+                    f"AdapterBank: there is an adapter {name!r} already; replace it, or remove it"
+                )
+            if not self._free_ids:
+                raise ValueError(
+                    f"AdapterBank: all {self.max_adapters} slots are taken; remove an adapter, or "
+                    f"make the bank with a larger max_adapters"
+                )
+            index = self._free_ids.pop(0)
+            self._ids[name] = index
+            self._write(self._places[index], lora_a, lora_b, scale, gate)
+            if trainable:
+                views = self._views(self._places[index], lora_a.shape[0], gate is not None)
+                self._trained[index] = views
+            return index
+
+    def replace(
+        self,
+        name: str,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        scale: float,
+        gate: Tensor | None = None,
+    ) -> int:
+        """Give a name another adapter; its id, which stays.
+
+        The rank of a trainable adapter stays too: its Parameters do.
+        """
+        self._check(lora_a, lora_b, scale, gate)
+        with self.lock:
+            index = self.index(name)
+            if index in self._trained:
+                rank = self._trained[index][0].shape[0]
+                if lora_a.shape[0] != rank:
+                    raise ValueError(
+                        f"AdapterBank: {name!r} is trainable with rank {rank}; lora_a must have "
+                        f"shape [{rank}, {self.in_features}], got {list(lora_a.shape)}"
+                    )
+                self._write(self._places[index], lora_a, lora_b, scale, gate)
+                return index
+            self._write(self._spare, lora_a, lora_b, scale, gate)
+            self.table[index].fill_(self._spare)
+            self._places[index], self._spare = self._spare, self._places[index]
+            return index
+
+    def remove(self, name: str) -> None:
+        """Free the slot of a name; rows that carry its id get the base output from here on."""
+        with self.lock:
+            index = self.index(name)
+            self.rank[self._places[index]].fill_(0)
+            del self._ids[name]
+            self._trained.pop(index, None)
+            self._free_ids.append(index)
+
+    def parameters(self, name: str) -> tuple[Parameter, Parameter, Parameter]:
+        """(lora_a [r, K], lora_b [N, r], gate [r]) of a trainable adapter: leaves, and views of its
+        slot. The gate of an adapter that was added without one does not require a gradient."""
+        index = self.index(name)
+        if index not in self._trained:
+            raise ValueError(f"AdapterBank: {name!r} was added without trainable=True")
+        return self._trained[index]
+
+    def leaves(self) -> tuple[tuple[tuple[int, int], ...], tuple[Parameter, ...]]:
+        """(((slot, rank), ...), their Parameters in threes) of the trainable adapters."""
+        places = tuple(
+            (self._places[index], views[0].shape[0]) for index, views in self._trained.items()
+        )
+        return places, tuple(p for views in self._trained.values() for p in views)
+
+    def _check(self, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None) -> None:
+        op = "AdapterBank"
+        for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+            check.check_tensor(op, name, t)
+        check.check_scale(op, scale)
+        if isinstance(scale, Tensor):
+            raise TypeError(f"{op}: scale must be a float, got a Tensor")
+        check.check_shape(op, "lora_a", lora_a, (None, self.in_features), "[r, K]")
+        rank = lora_a.shape[0]
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(
+                f"{op}: lora_a has rank {rank}; the bank takes 1 to max_rank = {self.max_rank}"
+            )
+        check.check_shape(op, "lora_b", lora_b, (self.out_features, rank), "[N, r]")
+        if gate is not None:
+            check.check_tensor(op, "gate", gate)
+            check.check_shape(op, "gate", gate, (rank,), "[r]")
+
+    @torch.no_grad()
+    def _write(self, slot: int, lora_a, lora_b, scale: float, gate) -> None:
+        rank = lora_a.shape[0]
+        self.a_slots[slot, :rank].copy_(lora_a)
+        self.bt_slots[slot, :rank].copy_(lora_b.t())
+        self.a_slots[slot, rank:].zero_()
+        self.bt_slots[slot, rank:].zero_()
+        self.gate[slot].fill_(1)
+        if gate is not None:
+            self.gate[slot, :rank].copy_(gate)
+        self.scale[slot].fill_(scale)
+        self.rank[slot].fill_(rank)
+
+    def _views(self, slot: int, rank: int, gated: bool) -> tuple[Parameter, Parameter, Parameter]:
+        return (
+            Parameter(self.a_slots[slot, :rank]),
+            Parameter(self.bt_slots[slot, :rank].t()),
+            Parameter(self.gate[slot, :rank], requires_grad=gated),
+        )
