@@ -289,7 +289,7 @@ class Report:
             print(self.markdown())
             return
         # A terminal folds what is too wide for it; a file does not.
-        console = Console() if sys.stdout.isatty() else Console(width=250)
+        console = Console() if sys.stdout.isatty() else Console(width=400)
         facts = self.results["machine"]
         for mode in self.modes():
             header, cells = self.table(mode)

@@ -22,7 +22,8 @@ from .segments import block_g, find_tile, max_tiles, tiles_before
 def multi_row_reduce_kernel(
     z_ptr,  # [M, C]
     v_ptr,  # [M, R]
-    rank_ptr,  # int32 [G]
+    rank_ptr,  # int32 [P]
+    table_ptr,  # int32 [G]
     order_ptr,  # int32 [M]
     offsets_ptr,  # int32 [G + 1]
     seed_ptr,  # int64 [1], or None: no dropout
@@ -46,7 +47,7 @@ def multi_row_reduce_kernel(
     slot, first, last = find_tile(tile, offsets_ptr, G, rows, BLOCK_G)
     if slot >= G:
         return
-    rank = tl.load(rank_ptr + slot.to(tl.int64))
+    rank = tl.load(rank_ptr + tl.load(table_ptr + slot.to(tl.int64)).to(tl.int64))
     pid_r = tl.program_id(1)
     if pid_r * BLOCK_R >= rank:
         return
@@ -87,16 +88,18 @@ def multi_row_reduce_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def sum_tiles_kernel(
     p_ptr,  # fp32 [tiles, R, C]
-    w_ptr,  # [G, R, C] or None
+    w_ptr,  # [P, R, C] or None
     rank_ptr,
-    scale_ptr,  # fp32 [G] or None: plain_scale alone
-    gate_ptr,  # fp32 [G, R] or None
+    scale_ptr,  # fp32 [P] or None: plain_scale alone
+    gate_ptr,  # fp32 [P, R] or None
+    table_ptr,
     offsets_ptr,
-    out_ptr,  # [G, R, C]
-    dot_ptr,  # fp32 [blocks of C, G, R] or None
+    out_ptr,  # [P, R, C]
+    dot_ptr,  # fp32 [blocks of C, P, R] or None
     stride_w,
     C,
     R,
+    P,
     G,
     rows,
     plain_scale,
@@ -105,13 +108,14 @@ def sum_tiles_kernel(
     BLOCK_G: tl.constexpr,
 ):
     """out_j = scale_j g_j ⊙ P_j, the sum of its planes; dot_jr = scale_j <w_jr, P_jr>."""
-    pid_c, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pid_c, index = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    slot = tl.load(table_ptr + index).to(tl.int64)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = tl.load(rank_ptr + slot)
     inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
     live = inside & (offs_r < rank)[:, None]
-    before, tiles = tiles_before(slot, offsets_ptr, G, rows, BLOCK_G)
+    before, tiles = tiles_before(index, offsets_ptr, G, rows, BLOCK_G)
     plane = p_ptr + (before.to(tl.int64) * R + offs_r[:, None]) * C + offs_c[None, :]
     p = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for _ in range(tiles):
@@ -125,7 +129,7 @@ def sum_tiles_kernel(
         w_ptrs = w_slot + offs_r[:, None] * stride_w[1] + offs_c[None, :] * stride_w[2]
         w = tl.load(w_ptrs, mask=live, other=0.0)
         dot = tl.sum(p * w.to(tl.float32), axis=1)
-        tl.store(dot_ptr + (pid_c * G + slot) * R + offs_r, dot, mask=offs_r < R)
+        tl.store(dot_ptr + (pid_c * P + slot) * R + offs_r, dot, mask=offs_r < R)
     if gate_ptr is not None:
         p *= tl.load(gate_ptr + slot * R + offs_r, mask=offs_r < R, other=0.0)[:, None]
     out = out_ptr + (slot * R + offs_r[:, None]) * C + offs_c[None, :]
@@ -133,13 +137,14 @@ def sum_tiles_kernel(
 
 
 def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout=None, config=None):
-    """Write out [G, R, C], contiguous: P_j, or where scaled scale_j g_j ⊙ P_j.
+    """Write out [P, R, C], contiguous: P_j, or where scaled scale_j g_j ⊙ P_j, into the slot of
+    each id; the slots that no id has are left alone.
 
-    z [M, C] and v [M, R] of any strides. Where w [G, R, C] is given return dg fp32 [G, R] =
+    z [M, C] and v [M, R] of any strides. Where w [P, R, C] is given return dg fp32 [P, R] =
     scale_j <w_jr, P_jr>, else None. dropout is None or (seed int64 [1], threshold, keep_scale) and
     masks z.
     """
-    (M, C), (G, R) = z.shape, out.shape[:2]
+    (M, C), (P, R), G = z.shape, out.shape[:2], slots.table.shape[0]
     c = dict(config or configs.multi_row_reduce(R, z.dtype, configs.capability(z.device)))
     rows = c.pop("ROWS")
     seed, threshold, keep_scale = dropout or (None, 0, 1.0)
@@ -153,6 +158,7 @@ def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout
             z,
             v,
             slots.rank,
+            slots.table,
             routing.order,
             routing.offsets,
             seed,
@@ -171,7 +177,7 @@ def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout
         )
     block_r, block_c = 16, 128
     blocks = triton.cdiv(C, block_c)
-    dots = None if w is None else p.new_empty(blocks, G, R)
+    dots = None if w is None else p.new_zeros(blocks, P, R)
     if out.numel():
         launch(
             sum_tiles_kernel,
@@ -182,12 +188,14 @@ def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout
             slots.rank,
             slots.scale if scaled else None,
             slots.gate if scaled else None,
+            slots.table,
             routing.offsets,
             out,
             dots,
             None if w is None else w.stride(),
             C,
             R,
+            P,
             G,
             rows,
             keep_scale,

@@ -24,6 +24,7 @@ def accumulate_adapters(
     t_ptr,
     v_ptr,
     rank_ptr,
+    table_ptr,
     stride_t,
     stride_v,
     offs_m,
@@ -37,8 +38,9 @@ def accumulate_adapters(
     """acc + t_i V_j over the adapters j among `ids` [BLOCK_M], in ascending order."""
     slot = tl.min(tl.where(ids >= 0, ids, G), axis=0).to(tl.int64)
     while slot < G:
-        rank = tl.load(rank_ptr + slot)
-        v_slot = v_ptr + slot * stride_v[0]
+        place = tl.load(table_ptr + slot).to(tl.int64)
+        rank = tl.load(rank_ptr + place)
+        v_slot = v_ptr + place * stride_v[0]
         own = (ids == slot)[:, None]
         for first in range(0, rank, BLOCK_R):
             offs_r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -57,8 +59,9 @@ def multi_segment_gemm_kernel(
     x_ptr,  # [M, K], or None: y + t_i V_j
     w_ptr,  # [N, K], or None
     t_ptr,  # [M, R]
-    v_ptr,  # [G, R, N]
-    rank_ptr,  # int32 [G]
+    v_ptr,  # [P, R, N]
+    rank_ptr,  # int32 [P]
+    table_ptr,  # int32 [G]
     ids_ptr,  # int32 [M]
     bias_ptr,  # [N] or None
     bits_ptr,  # uint8 [M, ceil(N / 8)] or None: then the adapters come first
@@ -93,8 +96,8 @@ def multi_segment_gemm_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if bits_ptr is not None:
         acc = accumulate_adapters(
-            acc, t_ptr, v_ptr, rank_ptr, stride_t, stride_v, offs_m, offs_n, ids, mask_n, G,
-            BLOCK_R, INPUT_PRECISION,
+            acc, t_ptr, v_ptr, rank_ptr, table_ptr, stride_t, stride_v, offs_m, offs_n, ids,
+            mask_n, G, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
         num_bytes = tl.cdiv(N, 8)
         offs_byte = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
@@ -113,8 +116,8 @@ def multi_segment_gemm_kernel(
         acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     if bits_ptr is None:
         acc = accumulate_adapters(
-            acc, t_ptr, v_ptr, rank_ptr, stride_t, stride_v, offs_m, offs_n, ids, mask_n, G,
-            BLOCK_R, INPUT_PRECISION,
+            acc, t_ptr, v_ptr, rank_ptr, table_ptr, stride_t, stride_v, offs_m, offs_n, ids,
+            mask_n, G, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
 
     if bias_ptr is not None:
@@ -123,10 +126,10 @@ def multi_segment_gemm_kernel(
 
 
 def multi_segment_gemm(x, weight, t, v_slots, slots, routing, *, bias=None, mask=None, config=None):
-    """y [M, N] = bias + x W^T + t_i V_j, for x [M, K], weight [N, K], t [M, R], v_slots [G, R, N].
+    """y [M, N] = bias + x W^T + t_i V_j, for x [M, K], weight [N, K], t [M, R], v_slots [P, R, N].
 
-    slots has rank int32 [G]; routing has ids. mask is None or (bits uint8 [M, ceil(N / 8)],
-    keep_scale): then the adapters' part is multiplied by keep * keep_scale.
+    slots has rank int32 [P] and table int32 [G]; routing has ids. mask is None or (bits uint8
+    [M, ceil(N / 8)], keep_scale): then the adapters' part is multiplied by keep * keep_scale.
     """
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     _start(y, x, weight, t, v_slots, slots, routing, bias, mask, config)
@@ -139,7 +142,7 @@ def multi_segment_add_(y, t, v_slots, slots, routing, *, config=None):
 
 
 def _start(y, x, weight, t, v_slots, slots, routing, bias, mask, config):
-    (M, N), (G, R) = y.shape, v_slots.shape[:2]
+    (M, N), R, G = y.shape, v_slots.shape[1], slots.table.shape[0]
     K = 0 if x is None else x.shape[1]
     c = dict(config or configs.segment_gemm(M, N, y.dtype, configs.capability(y.device)))
     # Steps of ranks are steps of K, but hold 1024 elements of V, or its loads would be narrow.
@@ -156,6 +159,7 @@ def _start(y, x, weight, t, v_slots, slots, routing, bias, mask, config):
             t,
             v_slots,
             slots.rank,
+            slots.table,
             routing.ids,
             bias,
             bits,

@@ -25,10 +25,11 @@ def scaled_of(h, slot, gate_ptr, scale_ptr, offs_r, mask, R):
 @triton.jit(do_not_specialize=["M", "span", "threshold"])
 def multi_shrink_kernel(
     x_ptr,  # [M, K]
-    a_ptr,  # [G, R, K]
-    rank_ptr,  # int32 [G]
-    scale_ptr,  # fp32 [G]
-    gate_ptr,  # fp32 [G, R], contiguous
+    a_ptr,  # [P, R, K]
+    rank_ptr,  # int32 [P]
+    scale_ptr,  # fp32 [P]
+    gate_ptr,  # fp32 [P, R], contiguous
+    table_ptr,  # int32 [G]
     order_ptr,  # int32 [M]
     offsets_ptr,  # int32 [G + 1]
     seed_ptr,  # int64 [1], or None: no dropout
@@ -54,7 +55,7 @@ def multi_shrink_kernel(
     if slot >= G:
         return
     pid_k, pid_r = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    slot = slot.to(tl.int64)
+    slot = tl.load(table_ptr + slot.to(tl.int64)).to(tl.int64)
     rank = tl.load(rank_ptr + slot)
     if pid_r * BLOCK_R >= rank:
         return
@@ -111,6 +112,7 @@ def sum_rows_kernel(
     rank_ptr,
     scale_ptr,
     gate_ptr,
+    table_ptr,
     h_ptr,
     t_ptr,
     S,
@@ -122,9 +124,9 @@ def sum_rows_kernel(
     """h and t of multi_shrink from the planes of its splits, added in order."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    slot = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1).to(tl.int64)
-    known = slot >= 0
-    slot = tl.where(known, slot, 0)
+    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1).to(tl.int64)
+    known = ids >= 0
+    slot = tl.load(table_ptr + tl.where(known, ids, 0)).to(tl.int64)
     rank = tl.where(known, tl.load(rank_ptr + slot), 0)
     mask = offs_r[None, :] < rank[:, None]
     out = offs_m[:, None] * R + offs_r[None, :]
@@ -141,13 +143,14 @@ def sum_rows_kernel(
 
 
 def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False, config=None):
-    """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a_slots [G, R, K] of any strides.
+    """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a_slots [P, R, K] of any strides.
 
-    slots has rank int32 [G], scale fp32 [G], gate fp32 [G, R]; routing has ids, order and offsets.
+    slots has rank int32 [P], scale fp32 [P], gate fp32 [P, R] and table int32 [G]; routing has ids,
+    order and offsets.
     Columns past a row's rank, and rows without adapter, are unwritten in t and zero in h. dropout
     as in shrink.
     """
-    (M, K), (G, R) = x.shape, a_slots.shape[:2]
+    (M, K), R, G = x.shape, a_slots.shape[1], slots.table.shape[0]
     c = dict(config or configs.multi_shrink(K, R, x.dtype, configs.capability(x.device)))
     steps = triton.cdiv(triton.cdiv(K, c["BLOCK_K"]), c.pop("SPLIT_K"))
     span = max(1, steps) * c["BLOCK_K"]
@@ -168,6 +171,7 @@ def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False, conf
             slots.rank,
             slots.scale,
             slots.gate,
+            slots.table,
             routing.order,
             routing.offsets,
             seed,
@@ -197,6 +201,7 @@ def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False, conf
             slots.rank,
             slots.scale,
             slots.gate,
+            slots.table,
             h,
             t,
             split,
