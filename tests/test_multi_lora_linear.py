@@ -110,7 +110,7 @@ def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 def test_ragged_ranks(backend, kind, id_dtype):
-    check(make(70, 40, 50, RAGGED), ids_of(kind, 70, len(RAGGED), id_dtype), backend)
+    check(make(70, 150, 50, RAGGED), ids_of(kind, 70, len(RAGGED), id_dtype), backend)
 
 
 @backends
@@ -191,6 +191,22 @@ def test_rank_rows_past_the_rank_are_not_read(backend):
         pytest.skip("on a GPU the torch backend multiplies whole slots: they must be finite")
     y = fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend=backend)
     assert torch.equal(y, expected)
+
+
+@backends
+@pytest.mark.parametrize("K", [20, 200])
+def test_h_is_that_of_each_row_and_zero_elsewhere(backend, K):
+    x, weight, _, a, bt, gate, rank, scale = make(50, K, ranks=(2, 7, 4))
+    routing = fl.AdapterRouting(ids_of("some", 50, 3), 3)
+    slots = (a, bt, rank, scale, gate.contiguous(), torch.arange(3, device=DEVICE).int())
+    route = routing.ids, routing.order, routing.offsets
+    _, h = torch.ops.fused_lora.multi_lora_linear(
+        x, weight, *slots, *route, None, None, 0.0, True, backend
+    )
+    for i, j in enumerate(routing.ids.tolist()):
+        r = int(rank[j]) if j >= 0 else 0
+        assert torch.allclose(h[i, :r], x[i] @ a[j, :r].t(), rtol=1e-4, atol=1e-4)
+        assert not h[i, r:].any()
 
 
 @backends

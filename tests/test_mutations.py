@@ -21,7 +21,14 @@ PLANES = "triton_kernels/planes.py"
 SHRINK = "triton_kernels/shrink.py"
 GEMM = "triton_kernels/segment_gemm.py"
 REDUCE = "triton_kernels/row_reduce.py"
+MULTI_SHRINK = "triton_kernels/multi_shrink.py"
+MULTI_GEMM = "triton_kernels/multi_segment_gemm.py"
+MULTI_REDUCE = "triton_kernels/multi_row_reduce.py"
+SEGMENTS = "triton_kernels/segments.py"
 OP = "ops/lora_linear.py"
+MULTI = "ops/multi_lora_linear.py"
+ROUTING = "ops/routing.py"
+BANK = "bank.py"
 CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
@@ -32,6 +39,8 @@ MASTERS = "test_lora_linear.py::test_fp32_masters[dtype0-0.0-{}]"
 MASKS = "test_lora_linear.py::test_one_mask_in_forward_da_and_dx[0.5-{}]"
 SUBSET = "test_lora_linear.py::test_only_the_gradients_asked_for[({})-{}]"
 EDGE = "test_regressions.py::{}"
+RAGGED = "test_multi_lora_linear.py::test_ragged_ranks[id_dtype0-{}-{}]"
+MANY = "test_multi_lora_linear.py::test_64_adapters[{}]"
 
 # The name says what is wrong.
 FAULTS = {
@@ -540,6 +549,109 @@ FAULTS = {
         "0.0 <= dropout_p <= 1.0 and seed is None",
         "0.0 <= dropout_p and seed is None",
         "test_lora_linear.py::test_bad_input[p above one]",
+    ),
+    # Many adapters.
+    "many: a tile runs into the next adapter": Fault(
+        MULTI_SHRINK,
+        "mask_m = place < last",
+        "mask_m = place < M",
+        "test_multi_lora_linear.py::test_h_is_that_of_each_row_and_zero_elsewhere[20-triton]",
+    ),
+    "many: rank rows past the rank": Fault(
+        MULTI_SHRINK,
+        "mask_r = offs_r < rank",
+        "mask_r = offs_r < R",
+        "test_multi_lora_linear.py::test_h_is_that_of_each_row_and_zero_elsewhere[20-triton]",
+    ),
+    "many: ranks that were never written": Fault(
+        MULTI_GEMM,
+        "mask_r = offs_r < rank",
+        "mask_r = offs_r < rank + 1",
+        RAGGED.format("different", "triton"),
+    ),
+    "many: the last split of K is dropped": Fault(
+        MULTI_SHRINK,
+        "for _ in range(S):",
+        "for _ in range(S - 1):",
+        "test_multi_lora_linear.py::test_h_is_that_of_each_row_and_zero_elsewhere[200-triton]",
+    ),
+    "many: the scale of the first adapter for all": Fault(
+        MULTI_SHRINK,
+        "tl.load(scale_ptr + slot)[:, None]",
+        "tl.load(scale_ptr + slot * 0)[:, None]",
+        RAGGED.format("different", "triton"),
+    ),
+    "many: the mask of a row is that of its place": Fault(
+        MULTI_SHRINK,
+        "bits = keep_bits(seed, offs_m,",
+        "bits = keep_bits(seed, place,",
+        MANY.format("triton"),
+    ),
+    "many: an adapter's part in every row of the tile": Fault(
+        MULTI_GEMM,
+        "own = (ids == slot)[:, None]",
+        "own = (ids >= 0)[:, None]",
+        RAGGED.format("some", "triton"),
+    ),
+    "many: ranks past the first block are dropped": Fault(
+        MULTI_GEMM,
+        "for first in range(0, rank, BLOCK_R):",
+        "for first in range(0, min(rank, BLOCK_R), BLOCK_R):",
+        RAGGED.format("different", "triton"),
+    ),
+    "many: the id is taken for the slot": Fault(
+        MULTI_GEMM,
+        "place = tl.load(table_ptr + slot).to(tl.int64)",
+        "place = slot",
+        "test_bank.py::test_a_thousand_changes[triton]",
+    ),
+    "many: dA sees the dropped elements": Fault(
+        MULTI_REDUCE,
+        "z = tl.where(expand_bits(bits, BLOCK_M, BLOCK_C), z, 0.0)",
+        "z = z",
+        MANY.format("triton"),
+    ),
+    "many: planes of the adapter before": Fault(
+        SEGMENTS,
+        "before = tl.sum(tl.where(offs_g < slot, tiles, 0), axis=0)",
+        "before = tl.sum(tl.where(offs_g <= slot, tiles, 0), axis=0)",
+        RAGGED.format("different", "triton"),
+    ),
+    "many: dgate with the gate in it": Fault(
+        MULTI,
+        "dgate[j, :rank] = (p.to(gate.dtype) * bt).sum(1)",
+        "dgate[j, :rank] = (p.to(gate.dtype) * bt * gate[:, None]).sum(1)",
+        RAGGED.format("different", "torch"),
+    ),
+    "many: dx without its adapters": Fault(
+        MULTI,
+        "dx[rows] += lora if keep is None else lora.masked_fill_(~keep[rows], 0)",
+        "pass",
+        RAGGED.format("different", "torch"),
+    ),
+    "routing: not stable": Fault(
+        ROUTING,
+        "torch.sort(key, stable=True)",
+        "torch.sort(key.flip(0), stable=True)",
+        "test_multi_lora_linear.py::test_routing_is_updated_in_place",
+    ),
+    "routing: the id of a sequence for its first tokens": Fault(
+        ROUTING,
+        "wide.ids = self.ids.repeat_interleave(repeats)",
+        "wide.ids = self.ids.repeat(repeats)",
+        "test_multi_lora_linear.py::test_leading_dimensions[sequence-(2, 3)-triton]",
+    ),
+    "bank: replace writes into the slot that is served": Fault(
+        BANK,
+        "self._write(self._spare, lora_a, lora_b, scale, gate)",
+        "self._write(self._places[index], lora_a, lora_b, scale, gate)",
+        "test_bank.py::test_replace_leaves_the_old_slot_as_it_was",
+    ),
+    "bank: rank rows of the adapter before stay": Fault(
+        BANK,
+        "self.a_slots[slot, rank:].zero_()",
+        "pass",
+        "test_bank.py::test_rank_rows_past_the_rank_are_zero",
     ),
     # The proximal step: the published code of SoRA has the first of these two.
     "soft threshold: gates up to 2 xi are zeroed": Fault(
