@@ -219,4 +219,180 @@ LORA_LINEAR = Op(
         **_also(BASELINES),
     },
 )
-OPS = {op.name: op for op in (LORA_LINEAR,)}
+# multi_lora_linear: x [M, K], weight [N, K], a_slots [G, R, K], bt_slots [G, R, N].
+
+POPULARITIES = "distinct", "uniform", "zipf", "identical"
+
+
+class MultiCase(NamedTuple):
+    M: int
+    N: int
+    K: int
+    R: int = 16
+    G: int = 8
+    popularity: str = "uniform"
+    p: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        rows = f"M={self.M} {self.N}x{self.K} r={self.R}"
+        return f"{rows} {self.G} adapters, {self.popularity}, p={self.p:g} {dtype}"
+
+    def ids(self) -> Tensor:
+        """The adapter of each row, the same whenever it is asked for; for M below G "distinct" has
+        no adapter twice."""
+        generator = torch.Generator().manual_seed(self.M * self.G)
+        if self.popularity == "identical":
+            return torch.zeros(self.M, dtype=torch.int64)
+        if self.popularity == "distinct":
+            return torch.arange(self.M) % self.G
+        power = 1.5 if self.popularity == "zipf" else 0.0
+        shares = torch.arange(1.0, self.G + 1) ** -power
+        return torch.multinomial(shares, self.M, replacement=True, generator=generator)
+
+
+def multi_tensors(case: MultiCase, device: torch.device) -> list[Tensor]:
+    """x, the frozen weight and the slots, of N(0, 1)."""
+    M, N, K, R, G = case[:5]
+    shapes = {"x": (M, K), "weight": (N, K), "a_slots": (G, R, K), "bt_slots": (G, R, N)}
+    return [
+        torch.randn(shape, device=device, dtype=case.dtype).requires_grad_(name != "weight")
+        for name, shape in shapes.items()
+    ]
+
+
+def _rows_by_adapter(case: MultiCase, device: torch.device) -> list[tuple[int, Tensor]]:
+    ids = case.ids()
+    return [(j, torch.where(ids == j)[0].to(device)) for j in ids.unique().tolist()]
+
+
+def multi_truth(case, x, weight, a, bt, keep=None):
+    kept = x if keep is None else x * keep * reference.dropout_scale(case.p)
+    y = F.linear(x, weight)
+    for j, rows in _rows_by_adapter(case, x.device):
+        y = y.index_add(0, rows, SCALE * (kept[rows] @ a[j].t()) @ bt[j])
+    return y
+
+
+def multi_flops(case: MultiCase, direction: str) -> int:
+    return linear_flops(case, direction)
+
+
+def multi_bytes(case: MultiCase, direction: str) -> int:
+    """The adapters that are in the batch are read once, the gradients of all are written."""
+    M, N, K, R, G = case[:5]
+    present = len(case.ids().unique())
+    adapters, h = present * R * (K + N), M * R
+    forward = M * K + N * K + adapters + M * N + h
+    backward = M * N + M * K + N * K + adapters + h + M * K + G * R * (K + N)
+    elements = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return elements * case.dtype.itemsize
+
+
+def _multi_loop(case, x, weight, a, bt):
+    """PEFT's mixed batch: for each adapter its rows out, through both matrices, and added in."""
+    groups = _rows_by_adapter(case, x.device)
+
+    def forward():
+        kept = F.dropout(x, case.p) if case.p else x
+        y = F.linear(x, weight)
+        for j, rows in groups:
+            y = y.index_add(0, rows, SCALE * F.linear(F.linear(kept[rows], a[j]), bt[j].t()))
+        return y
+
+    return forward
+
+
+def _multi_bmm(case, x, weight, a, bt):
+    """Each row's matrices gathered into a batch: M R (K + N) elements are written and read."""
+    ids = case.ids().to(x.device)
+
+    def forward():
+        h = torch.bmm(a[ids], x[..., None])
+        delta = torch.bmm(bt[ids].transpose(1, 2), h)[..., 0]
+        return F.linear(x, weight) + SCALE * delta
+
+    return forward
+
+
+def _multi_rows(case, x, weight, a, bt):
+    """A loop over the rows."""
+    ids = case.ids().tolist()
+
+    def forward():
+        delta = torch.stack([(a[j] @ row) @ bt[j] for row, j in zip(x, ids, strict=True)])
+        return F.linear(x, weight) + SCALE * delta
+
+    return forward
+
+
+def _multi_base(case, x, weight, a, bt):
+    return lambda: F.linear(x, weight)
+
+
+def _multi_ours(backend: str) -> Contender:
+    """The routing is made before, once for all layers of a model."""
+
+    def build(case, x, weight, a, bt):
+        G, R = a.shape[:2]
+        rank = torch.full((G,), R, dtype=torch.int32, device=x.device)
+        scale = torch.full((G,), SCALE, device=x.device)
+        slots = reference.AdapterSlots(a, bt, rank, scale, torch.ones(G, R, device=x.device))
+        routing = fl.AdapterRouting(case.ids().to(x.device), G)
+        options = {"dropout_p": case.p, "backend": backend}
+        return lambda: fl.multi_lora_linear(x, weight, slots, routing, **options)
+
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend])
+
+
+def _few_rows(device, case):
+    return None if case.M <= 64 and not case.p else "it is a loop for 64 rows at most, without p"
+
+
+def _multi_stages() -> dict[str, Stage]:
+    def llama(rows, groups, **options):
+        shapes = (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)
+        return [
+            MultiCase(M, N, K, G=G, popularity=popularity, dtype=BF16, **options)
+            for (N, K), M, (G, popularity) in itertools.product(shapes, rows, groups)
+        ]
+
+    mixed = [(64, "distinct"), (64, "zipf"), (8, "uniform"), (1, "identical")]
+    cpu = [
+        MultiCase(M, n, n, G=G, popularity=popularity)
+        for n, M in itertools.product((1024, 4096), (16, 64, 256))
+        for G, popularity in ((64, "distinct"), (8, "zipf"), (1, "identical"))
+    ]
+    return {
+        "cpu": Stage([*cpu, MultiCase(256, 1024, 1024, p=0.1)]),
+        "cpu-quick": Stage([MultiCase(16, 512, 512), MultiCase(64, 512, 512, popularity="zipf")]),
+        "quick": Stage([MultiCase(64, 4096, 4096, G=64, popularity="distinct", dtype=BF16)]),
+        "decode": Stage(llama((64, 1, 16, 256), mixed), directions=("forward",)),
+        "training": Stage(llama((4096, 512), mixed[1:])),
+    }
+
+
+MULTI_LORA_LINEAR = Op(
+    name="multi_lora_linear",
+    stages=_multi_stages(),
+    tensors=multi_tensors,
+    truth=multi_truth,
+    flops=multi_flops,
+    bytes=multi_bytes,
+    floor="linear",
+    baseline="adapter loop",
+    ours=("torch", "triton"),
+    contenders={
+        "linear": Contender(_multi_base, torch_keep),
+        "adapter loop": Contender(_multi_loop, torch_keep),
+        "adapter loop again": Contender(_multi_loop, torch_keep),
+        "row loop": Contender(_multi_rows, torch_keep, _few_rows),
+        "bmm": Contender(
+            _multi_bmm, torch_keep, lambda device, case: "it has no dropout" if case.p else None
+        ),
+        "torch": _multi_ours("torch"),
+        "triton": _multi_ours("triton"),
+    },
+)
+OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR)}

@@ -266,7 +266,7 @@ def test_the_form_without_a_host_look_is_the_same(p, monkeypatch):
         run, fl.multi_lora_linear, tensors, ids, dy, backend="torch", dropout_p=p, seed=1
     )
     expected = call()
-    monkeypatch.setattr(module, "_segments", None)
+    monkeypatch.setattr(module, "_Sorted", None)
     monkeypatch.setattr(module, "_on_host", lambda x: False)
     for got, want in zip(call(), expected, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))

@@ -619,13 +619,13 @@ FAULTS = {
     ),
     "many: dgate with the gate in it": Fault(
         MULTI,
-        "dgate[j, :rank] = (p.to(gate.dtype) * bt).sum(1)",
-        "dgate[j, :rank] = (p.to(gate.dtype) * bt * gate[:, None]).sum(1)",
+        "dgate[slot, :rank] = (p.to(gate.dtype) * bt).sum(1)",
+        "dgate[slot, :rank] = (p.to(gate.dtype) * bt * gate[:, None]).sum(1)",
         RAGGED.format("different", "torch"),
     ),
     "many: dx without its adapters": Fault(
         MULTI,
-        "dx[rows] += lora if keep is None else lora.masked_fill_(~keep[rows], 0)",
+        "dx.index_add_(0, rows, lora)",
         "pass",
         RAGGED.format("different", "torch"),
     ),

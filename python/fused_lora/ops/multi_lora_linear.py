@@ -119,21 +119,52 @@ def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):
 
 
 class _Segment(NamedTuple):
-    """The rows of one adapter that are in the batch, on the host."""
+    """Where the rows of one adapter lie among the rows sorted by adapter, on the host."""
 
     slot: int
     rank: int
-    scale: float
-    rows: Tensor
+    begin: int
+    end: int
 
 
-def _segments(slots: Slots, route: Route) -> list[_Segment]:
-    offsets, ranks, scales = route.offsets.tolist(), slots.rank.tolist(), slots.scale.tolist()
-    return [
-        _Segment(slot, ranks[slot], scales[slot], route.order[begin:end])
-        for slot, begin, end in zip(slots.table.tolist(), offsets[:-1], offsets[1:], strict=True)
-        if end > begin and ranks[slot]
-    ]
+class _Sorted(NamedTuple):
+    """The rows that have an adapter, sorted by it."""
+
+    rows: Tensor  # int64
+    factor: Tensor  # fp32 [len(rows), R]: scale_j g_j
+    segments: list[_Segment]
+
+    @classmethod
+    def of(cls, slots: Slots, route: Route) -> "_Sorted":
+        offsets, ranks, table = (t.tolist() for t in (route.offsets, slots.rank, slots.table))
+        rows = route.order[: offsets[-1]].long()
+        slot = slots.table[route.ids[rows]]
+        segments = [
+            _Segment(slot, ranks[slot], begin, end)
+            for slot, begin, end in zip(table, offsets[:-1], offsets[1:], strict=True)
+            if end > begin and ranks[slot]
+        ]
+        return cls(rows, slots.scale[slot][:, None] * slots.gate[slot], segments)
+
+    def times_own(self, t: Tensor, slots: Tensor, transposed: bool, alpha: float = 1.0) -> Tensor:
+        """Each row of t [rows, R] times its own slot [r, C], or of t [rows, C] times its own [C, r]
+        transposed: then zero past the rank."""
+        width = slots.shape[1 if transposed else 2]
+        out = t.new_zeros(t.shape[0], width) if transposed else t.new_empty(t.shape[0], width)
+        covered = 0
+        for slot, rank, begin, end in self.segments:
+            own, part = slots[slot, :rank], out[begin:end]
+            if transposed:
+                part[:, :rank] = _scaled_mm(alpha, t[begin:end], own.t())
+            else:
+                torch.mm(t[begin:end, :rank], own, out=part)
+            covered += end - begin
+        if not transposed and covered < t.shape[0]:  # a slot of rank 0 adds nothing
+            kept = torch.zeros(t.shape[0], dtype=torch.bool)
+            for _, _, begin, end in self.segments:
+                kept[begin:end] = True
+            out[~kept] = 0
+        return out
 
 
 class _Everyone(NamedTuple):
@@ -173,13 +204,12 @@ def forward_torch(x, weight, slots, route, bias, seed, dropout_p, save_h):
     x_kept, _, keep_scale = _masked(x, seed, dropout_p)
     y = F.linear(x, weight, bias)
     if _on_host(x):
-        h = torch.zeros(x.shape[0], slots.gate.shape[1], dtype=x.dtype, device=x.device)
-        for j, rank, scale, rows in _segments(slots, route):
-            a, bt = slots.a_slots[j, :rank], slots.bt_slots[j, :rank]
-            h_j = _scaled_mm(keep_scale, x_kept[rows], a.t())
-            h[rows, :rank] = h_j
-            t = (h_j * slots.gate[j, :rank]).to(x.dtype)
-            y[rows] = torch.addmm(y[rows], t, bt, alpha=scale)
+        order = _Sorted.of(slots, route)
+        h_sorted = order.times_own(x_kept[order.rows], slots.a_slots, True, keep_scale)
+        t = (h_sorted * order.factor).to(x.dtype)
+        y.index_add_(0, order.rows, order.times_own(t, slots.bt_slots, False))
+        h = h_sorted.new_zeros(x.shape[0], t.shape[1])
+        h[order.rows] = h_sorted
     else:
         every = _Everyone.of(slots, route)
         a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
@@ -198,22 +228,31 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
     dbt = torch.zeros_like(slots.bt_slots) if need_db else None
     dgate = torch.zeros_like(slots.gate) if need_dgate else None
     if _on_host(x):
-        for j, rank, scale, rows in _segments(slots, route):
-            a, bt, gate = (t[j, :rank] for t in (slots.a_slots, slots.bt_slots, slots.gate))
-            dy_j = dy[rows]
-            if need_dx or need_da:
-                dh = (_scaled_mm(scale, dy_j, bt.t()) * gate).to(x.dtype)
+        order = _Sorted.of(slots, route)
+        rows, dy = order.rows, dy[order.rows]
+        if need_dx or need_da:
+            dh = (order.times_own(dy, slots.bt_slots, True) * order.factor).to(x.dtype)
+        if need_da:
+            x_kept = x_kept[rows]
+        if need_db or need_dgate:
+            h = h[rows]
+        for slot, rank, begin, end in order.segments:
             if need_da:
-                da[j, :rank] = _scaled_mm(keep_scale, dh.t(), x_kept[rows])
+                da[slot, :rank] = _scaled_mm(
+                    keep_scale, dh[begin:end, :rank].t(), x_kept[begin:end]
+                )
             if need_db or need_dgate:
-                p = _scaled_mm(scale, h[rows, :rank].t(), dy_j)
+                bt, gate = slots.bt_slots[slot, :rank], slots.gate[slot, :rank]
+                p = (h[begin:end, :rank].t() @ dy[begin:end]) * slots.scale[slot]
             if need_dgate:
-                dgate[j, :rank] = (p.to(gate.dtype) * bt).sum(1)
+                dgate[slot, :rank] = (p.to(gate.dtype) * bt).sum(1)
             if need_db:
-                dbt[j, :rank] = p * gate[:, None]
-            if need_dx:
-                lora = _scaled_mm(keep_scale, dh, a)
-                dx[rows] += lora if keep is None else lora.masked_fill_(~keep[rows], 0)
+                dbt[slot, :rank] = p * gate[:, None]
+        if need_dx:
+            lora = order.times_own(dh, slots.a_slots, False)
+            if keep is not None:
+                lora = (lora * keep_scale).masked_fill_(~keep[rows], 0)
+            dx.index_add_(0, rows, lora)
         return dx, da, dbt, dgate
 
     every, shape = _Everyone.of(slots, route), slots.gate.shape
@@ -280,10 +319,10 @@ def _add(y, x, slots, route, out_offset, backend):
         t, _ = multi_shrink(rows, slots, slots.a_slots, route)
         multi_segment_add_(part, t, slots.bt_slots, slots, route)
     elif _on_host(x):
-        for j, rank, scale, of_j in _segments(slots, route):
-            h = rows[of_j] @ slots.a_slots[j, :rank].t()
-            t = (h * slots.gate[j, :rank]).to(x.dtype)
-            part[of_j] = torch.addmm(part[of_j], t, slots.bt_slots[j, :rank], alpha=scale)
+        order = _Sorted.of(slots, route)
+        h = order.times_own(rows[order.rows], slots.a_slots, True)
+        t = (h * order.factor).to(x.dtype)
+        part.index_add_(0, order.rows, order.times_own(t, slots.bt_slots, False))
     else:
         every = _Everyone.of(slots, route)
         h = every.pick(rows @ slots.a_slots.flatten(0, 1).t())
