@@ -22,6 +22,7 @@ ALLOWED = {
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
+    "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},
 }
 LAZY = {"triton_kernels", "_C"}
 
