@@ -98,13 +98,42 @@ def plot_roofline(axes, report, mode: str, direction: str) -> None:
     axes.set(xlabel="flops a byte of compulsory traffic", ylabel=word)
 
 
-def save(report, path: Path) -> None:
-    """Write the figure; without matplotlib say that there is none."""
+def _figure(path: Path, **options):
+    """None, and a line that says so, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path.name} is not drawn: matplotlib is not installed")
+        return None
+    return Figure(layout="constrained", **options)
+
+
+def plot_steps(report, path: Path) -> None:
+    """Tokens a second of every contender, a group of bars for each case."""
+    cases = report.cases
+    if (figure := _figure(path, figsize=(9, 1 + 2.4 * len(cases)))) is None or not cases:
         return
+    for axes, case in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
+        names = list(case["times"])[::-1]
+        entries = [case["times"][name]["eager"]["step"] for name in names]
+        rates = [case["tokens"] / entry["p50"] for entry in entries]
+        spread = [
+            (rate - case["tokens"] / entry["p80"], case["tokens"] / entry["p20"] - rate)
+            for rate, entry in zip(rates, entries, strict=True)
+        ]
+        colors = ["#2a6f97" if name in report.op.ours else "#8d99ae" for name in names]
+        axes.barh(names, rates, xerr=list(zip(*spread, strict=True)), color=colors, ecolor=INK)
+        axes.set_title(case["label"], fontsize=9, color=INK)
+        axes.grid(color=GRID, axis="x")
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    axes.set_xlabel("tokens/s (p50, p20 to p80); ours in blue")
+    facts = report.results["machine"]
+    figure.suptitle(f"training step on {facts['device']}, torch {facts['torch']}", color=INK)
+    figure.savefig(path, dpi=110)
+
+
+def save(report, path: Path) -> None:
     modes, cases = report.modes(), main_slice(report)
     if not cases:
         print(f"{path.name} is not drawn: no case without dropout was measured")
@@ -112,7 +141,8 @@ def save(report, path: Path) -> None:
     mode = modes[0]
     directions = list(cases[0]["flops"])
     wide = max(5.0, 0.22 * len(cases) + 1.5)
-    figure = Figure(figsize=(wide * len(directions), 9), layout="constrained")
+    if (figure := _figure(path, figsize=(wide * len(directions), 9))) is None:
+        return
     grid = figure.subplots(2, len(directions), squeeze=False)
     for column, direction in enumerate(directions):
         plot_ratios(grid[0][column], report, cases, mode, direction)

@@ -117,14 +117,17 @@ class Report:
     one of ours is slower than the baseline by more, the table says SLOWER.
     """
 
-    def __init__(self, results: dict):
-        self.results, self.op = results, OPS[results["op"]]
+    def __init__(self, results: dict, op=None):
+        self.results, self.op = results, op or OPS[results["op"]]
         self.cases, self.missing = results["cases"], results["missing"]
         self.ours = [name for name in self.op.ours if name not in self.missing]
         again = f"{self.op.baseline} again"
         found = (self.ratio(*row, again) for row in self.rows())
         apart = sorted(abs(ratio - 1) for ratio in found if ratio is not None)
         self.noise = apart[int(0.95 * (len(apart) - 1))] if apart else 0.0
+
+    def directions(self) -> list[str]:
+        return list(dict.fromkeys(d for case in self.cases for d in case["flops"]))
 
     def modes(self) -> list[str]:
         present = {mode for c in self.cases for modes in c["times"].values() for mode in modes}
@@ -219,7 +222,7 @@ class Report:
         if not found:
             return
         medians = []
-        for direction in ("forward", "backward", "both"):
+        for direction in self.directions():
             for label, drops in (("p = 0", False), ("dropout", True)):
                 ratios = [
                     r for r, (c, _, d) in found if d == direction and (c["case"]["p"] > 0) == drops
@@ -271,14 +274,17 @@ class Report:
 
     def save(self, folder: Path, stage: str = "") -> None:
         """Write <op>.json, .csv, .md and .png, or <op>-<stage>.json and so on."""
-        from fused_lora.bench import plots
-
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "-".join(filter(None, (self.op.name, stage)))
         path.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
         path.with_suffix(".csv").write_text(self.csv())
         path.with_suffix(".md").write_text(self.markdown())
-        plots.save(self, path.with_suffix(".png"))
+        self.draw(path.with_suffix(".png"))
+
+    def draw(self, path: Path) -> None:
+        from fused_lora.bench import plots
+
+        plots.save(self, path)
 
     def print(self) -> None:
         """The tables and the summary; without rich, the Markdown."""
@@ -302,6 +308,18 @@ class Report:
                 table.add_row(*row, style="red" if red else None)
             console.print(table)
         console.print(*self.summary(), sep="\n")
+
+
+# What results are of: the operations, and whole training steps.
+NAMES = *OPS, "training_step"
+
+
+def report_of(results: dict) -> Report:
+    if results["op"] in OPS:
+        return Report(results)
+    from fused_lora.bench.step import StepReport
+
+    return StepReport(results)
 
 
 def slug(device: str) -> str:
@@ -329,7 +347,7 @@ def merged(parts: list[dict]) -> dict:
                         entry.pop("all", None)
             case.setdefault("commit", part["machine"]["commit"])
             known = cases.setdefault(case["label"], case)
-            for key in ("times", "memory", "failed"):
+            for key in {"times", "memory", "failed", "errors"} & set(case):
                 known[key] |= case[key]
             known["commit"] = case["commit"]
         whole["unmeasured"] |= part["unmeasured"]
@@ -347,7 +365,7 @@ def merge(folders: list[Path], into: Path = RESULTS) -> list[Path]:
     parts: dict[tuple[str, str], list[dict]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*.json")):
         results = json.loads(path.read_text())
-        if results.get("op") in OPS:
+        if results.get("op") in NAMES:
             key = slug(results["machine"]["device"]), results["op"]
             parts.setdefault(key, []).append(results)
     if not parts:
@@ -356,14 +374,14 @@ def merge(folders: list[Path], into: Path = RESULTS) -> list[Path]:
         before = into / machine / f"{op}.json"
         if before.exists():
             found.insert(0, json.loads(before.read_text()))
-        Report(merged(found)).save(into / machine)
+        report_of(merged(found)).save(into / machine)
     return sorted({into / machine for machine, _ in parts})
 
 
 def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
     """(path without suffix, report) of the results of every machine."""
-    paths = sorted(path for op in OPS for path in results.glob(f"*/{op}.json"))
-    return [(path.with_suffix(""), Report(json.loads(path.read_text()))) for path in paths]
+    paths = [path for op in NAMES for path in sorted(results.glob(f"*/{op}.json"))]
+    return [(path.with_suffix(""), report_of(json.loads(path.read_text()))) for path in paths]
 
 
 def headline(report: Report) -> str:
@@ -373,7 +391,7 @@ def headline(report: Report) -> str:
     lines.append("| --- " * 5 + "|")
     for name in report.ours:
         for mode in report.modes():
-            for direction in ("forward", "backward", "both"):
+            for direction in report.directions():
                 rows = [
                     row
                     for row in report.rows()
