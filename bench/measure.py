@@ -167,10 +167,11 @@ class Memory(NamedTuple):
 
 
 class Interleaved:
-    """Times of the contenders of one case, once each of them has passed the gate.
+    """Times of the contenders of one case that have passed the gate.
 
     graphs captures and times on the device; None: there is only eager mode. `failed` has the
-    contenders that cannot be captured, with the reason; they have eager times alone.
+    contenders that cannot be captured, with the reason; they have eager times alone. `refused` has
+    what is not measured because it is wrong: contenders by the gate, times by check_floors.
     """
 
     def __init__(
@@ -188,9 +189,16 @@ class Interleaved:
         self.turn = 0
         self.rounds: list[dict[tuple[str, str, str], float]] = []  # {(contender, mode, direction)}
         self.failed: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+        self.below: set[tuple[str, str, str]] = set()
         tensors = op.tensors(case, device)
-        for contender in dict.fromkeys(c for name, c in contenders.items() if name != op.floor):
-            gate(op, case, contender, tensors)
+        verdicts: dict[Contender, str | None] = {contenders[op.floor]: None}
+        for name, contender in contenders.items():
+            if contender not in verdicts:
+                verdicts[contender] = self._verdict(contender, tensors)
+            if reason := verdicts[contender]:
+                self.refused[name] = reason
+        contenders = {name: c for name, c in contenders.items() if name not in self.refused}
         copies = 1
         if device.type == "cuda":
             copies += math.ceil(COLD_BYTES / sum(t.nbytes for t in tensors))
@@ -206,6 +214,17 @@ class Interleaved:
         if graphs is not None:
             for name in contenders:
                 self._capture(name)
+
+    def _verdict(self, contender: Contender, tensors: list[Tensor]) -> str | None:
+        """Why a contender is not timed. One that cannot run must not cost the others their turn."""
+        try:
+            gate(self.op, self.case, contender, tensors)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first = (str(error).strip() or "no message").splitlines()[0]
+            return f"{type(error).__name__}: {first}"
+        return None
 
     def _leaves(self, index: int) -> list[Tensor]:
         return [t for t in self.sets[index] if t.requires_grad]
@@ -299,15 +318,15 @@ class Interleaved:
         return max(ROUNDS[0], min(ROUNDS[1], int(fit)))
 
     def timed(self) -> list[tuple[str, str, str]]:
-        """(contender, mode, direction) of everything that is timed."""
-        return list(self.rounds[0])
+        """(contender, mode, direction) of everything that has a time."""
+        return [key for key in self.rounds[0] if key not in self.below]
 
     def seconds(self, name: str, mode: str, direction: str) -> list[float]:
         return [r[name, mode, direction] for r in self.rounds]
 
     def ratio(self, name: str, other: str, mode: str, direction: str) -> Spread | None:
         """Of the two times within each round; None where the other has none."""
-        if (other, mode, direction) not in self.rounds[0]:
+        if (other, mode, direction) not in self.timed():
             return None
         pairs = zip(
             self.seconds(name, mode, direction), self.seconds(other, mode, direction), strict=True
@@ -315,10 +334,15 @@ class Interleaved:
         return Spread.of([a / b for a, b in pairs])
 
     def check_floors(self) -> None:
-        """Raise BelowFloor where a median is below what the chip allows; unknown chips pass."""
+        """Refuse the times whose median is below what the chip allows; unknown chips pass."""
         if (rates := chip(self.device)) is None:
             return
         for name, mode, direction in self.timed():
             median = statistics.median(self.seconds(name, mode, direction))
-            if name != self.op.floor:
+            if name == self.op.floor:
+                continue
+            try:
                 check_floor(self.op, self.case, direction, mode, median, rates)
+            except BelowFloor as error:
+                self.below.add((name, mode, direction))
+                self.refused[f"{name}, {mode}, {direction}"] = f"BelowFloor: {error}"

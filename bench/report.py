@@ -104,6 +104,7 @@ def case_result(op: Op, case, measured: Interleaved) -> dict:
         "times": times,
         "memory": {name: memory._asdict() for name, memory in measured.memory.items()},
         "failed": measured.failed,
+        "refused": measured.refused,
     }
 
 
@@ -212,7 +213,15 @@ class Report:
         if len(unmeasured) > 9:
             lines.append(f"and {len(unmeasured) - 9} more cases were not measured")
         failed = {f"{n}: {why}" for c in self.cases for n, why in c["failed"].items()}
-        return lines + sorted(failed)
+        return lines + sorted(failed) + [f"REFUSED {line}" for line in self.refused()]
+
+    def refused(self) -> list[str]:
+        """What is wrong, and so has no time."""
+        return [
+            f"{name} ({case['label']}): {why}"
+            for case in self.cases
+            for name, why in case.get("refused", {}).items()
+        ]
 
     def _summary(self, name: str, mode: str) -> Iterator[str]:
         baseline, found = self.op.baseline, []
@@ -274,12 +283,17 @@ class Report:
 
     def save(self, folder: Path, stage: str = "") -> None:
         """Write <op>.json, .csv, .md and .png, or <op>-<stage>.json and so on."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "-".join(filter(None, (self.op.name, stage)))
-        path.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+        path = self.keep(folder, stage)
         path.with_suffix(".csv").write_text(self.csv())
         path.with_suffix(".md").write_text(self.markdown())
         self.draw(path.with_suffix(".png"))
+
+    def keep(self, folder: Path, stage: str = "") -> Path:
+        """Write the JSON alone; returns its path without suffix."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "-".join(filter(None, (self.op.name, stage)))
+        path.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+        return path
 
     def draw(self, path: Path) -> None:
         from fused_lora.bench import plots
@@ -347,7 +361,7 @@ def merged(parts: list[dict]) -> dict:
                         entry.pop("all", None)
             case.setdefault("commit", part["machine"]["commit"])
             known = cases.setdefault(case["label"], case)
-            for key in {"times", "memory", "failed", "errors"} & set(case):
+            for key in {"times", "memory", "failed", "refused", "errors"} & set(case):
                 known[key] |= case[key]
             known["commit"] = case["commit"]
         whole["unmeasured"] |= part["unmeasured"]

@@ -2,12 +2,14 @@
 
     python -m fused_lora.bench.run [--stage STAGE] [--out DIR]      also: fused-lora bench
 
-Each number stands behind a gate: output and gradients are checked against fp64 first, and a time
-that the chip's datasheet rules out is an error. How times are taken: fused_lora.bench.measure.
+Each number stands behind a gate: output and gradients are checked against fp64 first. What is
+wrong, or faster than the chip's datasheet allows, is refused by name, and the exit status is 1. How
+times are taken: fused_lora.bench.measure.
 """
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,11 +31,12 @@ def measure(
     only: Iterable[str] | None = None,
     case_seconds: float | None = None,
     track=lambda cases: cases,
+    keep=lambda results: None,
 ) -> dict:
     """The results of a stage, as Report takes them.
 
     After `seconds` no further case is begun. `only` names the contenders beside the floor, the
-    baseline and its repetition. A wrong result and a time below the floor are raised.
+    baseline and its repetition. keep(results) is called after every case.
     """
     wanted = [name for names in (stage.contenders, only) if names is not None for name in [*names]]
     always = op.floor, op.baseline, f"{op.baseline} again"
@@ -70,6 +73,7 @@ def measure(
             measured.round()
         measured.check_floors()
         results["cases"].append(case_result(op, case, measured))
+        keep(results)
     found = {name for case in results["cases"] for name in case["times"]}
     results["missing"] = {
         name: "; ".join(sorted(why)) for name, why in reasons.items() if why and name not in found
@@ -113,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(chosen.device)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    refused: list[str] = []
     for name in chosen.op or OPS:
         op = OPS[name]
         for stage in chosen.stage or STAGES[device.type]:
@@ -126,12 +131,15 @@ def main(arguments: list[str] | None = None) -> int:
                 only=chosen.only,
                 case_seconds=chosen.case_seconds,
                 track=progress,
+                keep=lambda results, stage=stage: Report(results).keep(chosen.out, stage),
             )
             report = Report(results)
             report.print()
-            report.save(chosen.out, stage.replace(" ", "-"))
-            print(f"{chosen.out / op.name}-{stage.replace(' ', '-')}: .json, .csv, .md, .png")
-    return 0
+            report.save(chosen.out, stage)
+            print(f"{chosen.out / op.name}-{stage}: .json, .csv, .md, .png")
+            refused += report.refused()
+    print(*(f"REFUSED {line}" for line in refused), sep="\n", end="", file=sys.stderr)
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -107,10 +107,30 @@ def test_the_gate_refuses(build, p):
         gate(OP, case, wrong, OP.tensors(case, CPU))
 
 
+def raises(case, x, weight, a, b):
+    raise RuntimeError("no kernel\nfor this")
+
+
 def test_a_wrong_contender_is_not_timed():
-    wrong = {"naive": OP.contenders["naive"]._replace(build=wrong_scale)}
-    with pytest.raises(AssertionError, match="output"):
-        Interleaved(OP, CASE, {"linear": OP.contenders["linear"], **wrong}, CPU)
+    wrong = OP.contenders["torch"]._replace(build=wrong_scale)
+    broken = OP.contenders["torch"]._replace(build=raises)
+    measured = Interleaved(OP, CASE, {**PRESENT, "wrong": wrong, "broken": broken}, CPU)
+    assert measured.refused["wrong"].startswith("AssertionError: output: Frobenius error")
+    assert measured.refused["broken"] == "RuntimeError: no kernel"
+    measured.round()
+    assert {name for name, *_ in measured.timed()} == set(PRESENT)
+
+
+def test_a_time_that_cannot_be_is_not_reported(monkeypatch):
+    slow = Chip(1.0, {torch.float32: 1.0})
+    monkeypatch.setattr("fused_lora.bench.measure.chip", lambda device: slow)
+    measured = Interleaved(OP, CASE, PRESENT, CPU)
+    for _ in range(2):
+        measured.round()
+    measured.check_floors()
+    assert {name for name, *_ in measured.timed()} == {"linear"}
+    assert "datasheet allows no less" in measured.refused["torch, eager, both"]
+    assert measured.ratio("linear", "naive", "eager", "both") is None
 
 
 class HostGraphs:
@@ -301,11 +321,24 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
-def test_a_wrong_result_stops_a_run(monkeypatch):
+def test_a_wrong_result_fails_a_run_and_has_no_time(monkeypatch, tmp_path, capsys):
     wrong = OP.contenders["torch"]._replace(build=wrong_scale)
-    op = OP._replace(contenders={**PRESENT, "torch": wrong})
-    with pytest.raises(AssertionError, match="output"):
-        run.measure(op, Stage([CASE]), CPU)
+    op = OP._replace(contenders={**PRESENT, "torch": wrong}, stages={"cpu": Stage([CASE])})
+    monkeypatch.setitem(run.OPS, "lora_linear", op)
+    arguments = ["--op", "lora_linear", "--stage", "cpu", "--case-seconds", "0.01"]
+    with torch_threads():
+        assert run.main([*arguments, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "REFUSED torch (M=6 10x14" in printed.err and "REFUSED torch" in printed.out
+    (case,) = json.loads((tmp_path / "lora_linear-cpu.json").read_text())["cases"]
+    assert "torch" not in case["times"] and "naive" in case["times"]
+
+
+def test_what_was_measured_is_kept_when_a_run_is_stopped():
+    seen, cases = [], [CASE, CASE._replace(M=7)]
+    keep = lambda results: seen.append(len(results["cases"]))  # noqa: E731
+    run.measure(OP, Stage(cases), CPU, only=[], case_seconds=0.01, keep=keep)
+    assert seen == [1, 2]
 
 
 def test_merge_keeps_the_last_time_of_a_case():
