@@ -119,6 +119,25 @@ def test_64_adapters(backend):
     check(make(257, 33, 20, ranks), ids_of("some", 257, 64), backend, dropout_p=0.3, seed=3)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU no product is chosen by what is in a batch")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("rows, batched", [(26, {8, 3}), (40, {8, 3}), (5, set())])
+def test_adapters_with_few_rows_are_multiplied_together(rows, batched, p):
+    """Adapters of one rank in one product; those with many rows, and few adapters, each alone."""
+    ranks = (8,) * 13 + (3,) * 13
+    tensors = make(rows, 12, 9, ranks)
+    ids = torch.cat([torch.arange(min(rows, 26)), torch.full((max(rows - 26, 0),), 7)])
+    ids = ids[torch.randperm(rows)].where(torch.arange(rows) != 3, -1)
+    slots = module.Slots(*slots_of(tensors), torch.arange(26, dtype=torch.int32))
+    order = module._Sorted.of(slots, fl.AdapterRouting(ids, 26))
+    assert {few.rank for few in order.batches} == batched
+    together = sum(len(few.rows) for few in order.batches)
+    assert together + sum(s.end - s.begin for s in order.alone) == int((ids >= 0).sum())
+    if rows == 40:  # adapter 7 has too many rows to pad the others to
+        assert {s.slot for s in order.alone} == {7}
+    check(tensors, ids, "torch", dropout_p=p, seed=5)
+
+
 @backends
 @pytest.mark.parametrize("lead", [(2, 3), (2, 0), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("given", ["token", "sequence"])

@@ -118,9 +118,9 @@ def _gated(t: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def forward_torch(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+    y = F.linear(x, weight, bias)  # first: it hides the time that x takes to come into the caches
     x_kept, _, keep_scale = _masked(x, seed, dropout_p)
     h = _scaled_mm(keep_scale, x_kept, a.t())
-    y = F.linear(x, weight, bias)
     y.addmm_(_gated(h, gate), b.t(), alpha=scale)
     return y, h if save_h else None
 
@@ -128,6 +128,8 @@ def forward_torch(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
 def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes):
     need_dx, need_da, need_db, need_dgate = needs
     dx = da = db = dgate = None
+    if need_dx and seed is None:
+        dx = dy @ weight  # first, as in the forward
     if need_dx or need_da:
         dh = _gated(_scaled_mm(scale, dy, b), gate)
         x_kept, keep, keep_scale = (
@@ -145,7 +147,7 @@ def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, 
         # The masked LoRA part first and the base product onto it: no temporary of x's size is
         # added.
         if seed is None:
-            dx = (dy @ weight).addmm_(dh, a)
+            dx.addmm_(dh, a)
         else:
             dx = _scaled_mm(keep_scale, dh, a).masked_fill_(~keep, 0).addmm_(dy, weight)
     return dx, da, db, dgate

@@ -127,44 +127,128 @@ class _Segment(NamedTuple):
     end: int
 
 
+BATCH = 8  # of fewer adapters each has a product of its own: measured on a CPU
+
+
+def _few_rows_each(segments: list[_Segment]) -> tuple[list[_Segment], list[_Segment]]:
+    """(those to batch, the others): as many as padding at most doubles, the short ones first."""
+    by_count = sorted(segments, key=lambda s: s.end - s.begin)
+    found, rows, slots = 0, 0, []
+    for i, (slot, _, begin, end) in enumerate(by_count):
+        rows += end - begin
+        slots += [slot]
+        if (max(slots) - min(slots) + 1) * (end - begin) <= 2 * rows:
+            found = i + 1
+    return (by_count[:found], by_count[found:]) if found >= BATCH else ([], by_count)
+
+
+class _Batched(NamedTuple):
+    """Adapters of one rank with few rows each, whose slots lie close together: one batched product
+    over the slots first .. last, every adapter padded to `height` rows, instead of one each.
+    """
+
+    first: int
+    last: int
+    rank: int
+    height: int
+    rows: Tensor  # int64: which of the sorted rows these are
+    places: Tensor  # int64: where each lies among the padded ones
+
+    @classmethod
+    def of(cls, few: list[_Segment]) -> "_Batched":
+        first, last = min(s.slot for s in few), max(s.slot for s in few) + 1
+        height = max(s.end - s.begin for s in few)
+        rows: list[int] = []
+        places: list[int] = []
+        for slot, _, begin, end in few:
+            rows += range(begin, end)
+            places += range((slot - first) * height, (slot - first) * height + end - begin)
+        return cls(first, last, few[0].rank, height, torch.tensor(rows), torch.tensor(places))
+
+    def product(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
+        """alpha * each of `rows` of t [..., D] times its own slot of slots [P, D, C]."""
+        padded = t.new_zeros((self.last - self.first) * self.height, t.shape[1])
+        padded.index_copy_(0, self.places, t.index_select(0, self.rows))
+        padded = padded.view(-1, self.height, t.shape[1])
+        # beta = 0: what is added is not read.
+        out = torch.baddbmm(t.new_empty(()), padded, slots, beta=0, alpha=alpha)
+        return out.flatten(0, 1).index_select(0, self.places)
+
+    def shrunk(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
+        own = slots[self.first : self.last, : self.rank].transpose(1, 2)
+        return self.product(t, own, alpha)
+
+    def expanded(self, t: Tensor, slots: Tensor) -> Tensor:
+        return self.product(t[:, : self.rank], slots[self.first : self.last, : self.rank], 1.0)
+
+
 class _Sorted(NamedTuple):
     """The rows that have an adapter, sorted by it."""
 
-    rows: Tensor  # int64
-    factor: Tensor  # fp32 [len(rows), R]: scale_j g_j
+    rows: Tensor | None  # int64; None: all, in the order they have
+    factor: Tensor  # fp32 [rows or 1, R]: scale_j g_j
     segments: list[_Segment]
+    alone: list[_Segment]  # those in no batch
+    batches: list[_Batched]
 
     @classmethod
     def of(cls, slots: Slots, route: Route) -> "_Sorted":
         offsets, ranks, table = (t.tolist() for t in (route.offsets, slots.rank, slots.table))
-        rows = route.order[: offsets[-1]].long()
-        slot = slots.table[route.ids[rows]]
         segments = [
             _Segment(slot, ranks[slot], begin, end)
             for slot, begin, end in zip(table, offsets[:-1], offsets[1:], strict=True)
             if end > begin and ranks[slot]
         ]
-        return cls(rows, slots.scale[slot][:, None] * slots.gate[slot], segments)
+        if len(segments) == 1 and segments[0].end - segments[0].begin == len(route.ids):
+            (only,) = segments
+            factor = slots.scale[only.slot] * slots.gate[only.slot][None]
+            return cls(None, factor, segments, segments, [])
+        alone, batches = [], []
+        for rank in {segment.rank for segment in segments}:
+            few, others = _few_rows_each([s for s in segments if s.rank == rank])
+            alone += others
+            batches += [_Batched.of(few)] if few else []
+        rows = route.order[: offsets[-1]].long()
+        slot_of = slots.table[route.ids[rows]]
+        factor = slots.scale[slot_of][:, None] * slots.gate[slot_of]
+        return cls(rows, factor, segments, alone, batches)
 
-    def times_own(self, t: Tensor, slots: Tensor, transposed: bool, alpha: float = 1.0) -> Tensor:
-        """Each row of t [rows, R] times its own slot [r, C], or of t [rows, C] times its own [C, r]
-        transposed: then zero past the rank."""
-        width = slots.shape[1 if transposed else 2]
-        out = t.new_zeros(t.shape[0], width) if transposed else t.new_empty(t.shape[0], width)
-        covered = 0
-        for slot, rank, begin, end in self.segments:
-            own, part = slots[slot, :rank], out[begin:end]
-            if transposed:
-                part[:, :rank] = _scaled_mm(alpha, t[begin:end], own.t())
-            else:
-                torch.mm(t[begin:end, :rank], own, out=part)
-            covered += end - begin
-        if not transposed and covered < t.shape[0]:  # a slot of rank 0 adds nothing
-            kept = torch.zeros(t.shape[0], dtype=torch.bool)
-            for _, _, begin, end in self.segments:
-                kept[begin:end] = True
-            out[~kept] = 0
+    def take(self, t: Tensor) -> Tensor:
+        """The rows of t [M, C] that have an adapter, sorted."""
+        return t if self.rows is None else t.index_select(0, self.rows)
+
+    def put(self, t: Tensor, M: int) -> Tensor:
+        """take the other way: [M, C], zero where a row has no adapter."""
+        if self.rows is None:
+            return t
+        return t.new_zeros(M, t.shape[1]).index_copy_(0, self.rows, t)
+
+    def shrunk(self, t: Tensor, slots: Tensor, alpha: float = 1.0) -> Tensor:
+        """alpha * each sorted row [C] times its own slot [r, C] transposed: [rows, R], zero past
+        the rank."""
+        out = t.new_zeros(t.shape[0], slots.shape[1])
+        for few in self.batches:
+            out[few.rows, : few.rank] = few.shrunk(t, slots, alpha)
+        for slot, rank, begin, end in self.alone:
+            out[begin:end, :rank] = _scaled_mm(alpha, t[begin:end], slots[slot, :rank].t())
         return out
+
+    def expanded(self, t: Tensor, slots: Tensor) -> Tensor:
+        """Each sorted row [R] times its own slot [r, C]: [rows, C]."""
+        out = t.new_zeros(t.shape[0], slots.shape[2])
+        for few in self.batches:
+            out.index_copy_(0, few.rows, few.expanded(t, slots))
+        for slot, rank, begin, end in self.alone:
+            torch.mm(t[begin:end, :rank], slots[slot, :rank], out=out[begin:end])
+        return out
+
+    def add_expanded_(self, y: Tensor, t: Tensor, slots: Tensor) -> None:
+        """y [M, C] += expanded(t) in the rows where they belong."""
+        if self.rows is None:
+            slot, rank, _, _ = self.segments[0]
+            y.addmm_(t[:, :rank], slots[slot, :rank])
+        else:
+            y.index_add_(0, self.rows, self.expanded(t, slots))
 
 
 class _Everyone(NamedTuple):
@@ -201,15 +285,13 @@ def _on_host(x: Tensor) -> bool:
 
 
 def forward_torch(x, weight, slots, route, bias, seed, dropout_p, save_h):
-    x_kept, _, keep_scale = _masked(x, seed, dropout_p)
     y = F.linear(x, weight, bias)
+    x_kept, _, keep_scale = _masked(x, seed, dropout_p)
     if _on_host(x):
         order = _Sorted.of(slots, route)
-        h_sorted = order.times_own(x_kept[order.rows], slots.a_slots, True, keep_scale)
-        t = (h_sorted * order.factor).to(x.dtype)
-        y.index_add_(0, order.rows, order.times_own(t, slots.bt_slots, False))
-        h = h_sorted.new_zeros(x.shape[0], t.shape[1])
-        h[order.rows] = h_sorted
+        h = order.shrunk(order.take(x_kept), slots.a_slots, keep_scale)
+        order.add_expanded_(y, (h * order.factor).to(x.dtype), slots.bt_slots)
+        h = order.put(h, x.shape[0]) if save_h else None
     else:
         every = _Everyone.of(slots, route)
         a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
@@ -229,13 +311,13 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
     dgate = torch.zeros_like(slots.gate) if need_dgate else None
     if _on_host(x):
         order = _Sorted.of(slots, route)
-        rows, dy = order.rows, dy[order.rows]
+        dy = order.take(dy)
         if need_dx or need_da:
-            dh = (order.times_own(dy, slots.bt_slots, True) * order.factor).to(x.dtype)
+            dh = (order.shrunk(dy, slots.bt_slots) * order.factor).to(x.dtype)
         if need_da:
-            x_kept = x_kept[rows]
+            x_kept = order.take(x_kept)
         if need_db or need_dgate:
-            h = h[rows]
+            h = order.take(h)
         for slot, rank, begin, end in order.segments:
             if need_da:
                 da[slot, :rank] = _scaled_mm(
@@ -248,11 +330,11 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
                 dgate[slot, :rank] = (p.to(gate.dtype) * bt).sum(1)
             if need_db:
                 dbt[slot, :rank] = p * gate[:, None]
-        if need_dx:
-            lora = order.times_own(dh, slots.a_slots, False)
-            if keep is not None:
-                lora = (lora * keep_scale).masked_fill_(~keep[rows], 0)
-            dx.index_add_(0, rows, lora)
+        if need_dx and keep is None:
+            order.add_expanded_(dx, dh, slots.a_slots)
+        elif need_dx:
+            lora = order.put(order.expanded(dh, slots.a_slots) * keep_scale, x.shape[0])
+            dx += lora.masked_fill_(~keep, 0)
         return dx, da, dbt, dgate
 
     every, shape = _Everyone.of(slots, route), slots.gate.shape
@@ -320,9 +402,8 @@ def _add(y, x, slots, route, out_offset, backend):
         multi_segment_add_(part, t, slots.bt_slots, slots, route)
     elif _on_host(x):
         order = _Sorted.of(slots, route)
-        h = order.times_own(rows[order.rows], slots.a_slots, True)
-        t = (h * order.factor).to(x.dtype)
-        part.index_add_(0, order.rows, order.times_own(t, slots.bt_slots, False))
+        h = order.shrunk(order.take(rows), slots.a_slots)
+        order.add_expanded_(part, (h * order.factor).to(x.dtype), slots.bt_slots)
     else:
         every = _Everyone.of(slots, route)
         h = every.pick(rows @ slots.a_slots.flatten(0, 1).t())
