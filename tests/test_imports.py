@@ -18,10 +18,12 @@ ALLOWED = {
     "testing": set(),
     "_extension": set(),
     "ops": {"reference", "ops", "_extension", "triton_kernels"},
-    "nn": {"ops", "reference"},
+    "nn": {"bank", "ops", "reference"},
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
+    "checkpoint": set(),
+    "store": {"checkpoint", "inject", "nn", "ops"},
     "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},
 }
 LAZY = {"triton_kernels", "_C"}

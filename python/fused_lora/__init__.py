@@ -7,12 +7,14 @@ from fused_lora.ops.dispatch import backends, use_backend, why
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from fused_lora.ops.routing import AdapterRouting
+from fused_lora.store import AdapterStore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterBank",
     "AdapterRouting",
+    "AdapterStore",
     "LoRAConfig",
     "backends",
     "inject",

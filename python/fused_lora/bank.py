@@ -6,6 +6,7 @@ its place in one store: work that is captured in a CUDA graph sees the one or th
 """
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -120,24 +121,27 @@ class AdapterBank:
         trainable: bool = False,
     ) -> int:
         """Put an adapter (lora_a [r, K], lora_b [N, r], gate [r]) into a free slot; its id."""
-        self._check(lora_a, lora_b, scale, gate)
+        self.check(lora_a, lora_b, scale, gate)
         with self.lock:
-            if name in self._ids:
-                raise ValueError(
-                    f"AdapterBank: there is an adapter {name!r} already; replace it, or remove it"
-                )
-            if not self._free_ids:
-                raise ValueError(
-                    f"AdapterBank: all {self.max_adapters} slots are taken; remove an adapter, or "
-                    f"make the bank with a larger max_adapters"
-                )
-            index = self._free_ids.pop(0)
-            self._ids[name] = index
+            index = self._take_id(name)
             self._write(self._places[index], lora_a, lora_b, scale, gate)
             if trainable:
                 views = self._views(self._places[index], lora_a.shape[0], gate is not None)
                 self._trained[index] = views
             return index
+
+    def _take_id(self, name: str) -> int:
+        if name in self._ids:
+            raise ValueError(
+                f"AdapterBank: there is an adapter {name!r} already; replace it, or remove it"
+            )
+        if not self._free_ids:
+            raise ValueError(
+                f"AdapterBank: all {self.max_adapters} slots are taken; remove an adapter, or "
+                f"make the bank with a larger max_adapters"
+            )
+        index = self._ids[name] = self._free_ids.pop(0)
+        return index
 
     def replace(
         self,
@@ -152,7 +156,7 @@ class AdapterBank:
 
         The rank of a trainable adapter stays too: its Parameters do.
         """
-        self._check(lora_a, lora_b, scale, gate)
+        self.check(lora_a, lora_b, scale, gate)
         with self.lock:
             index = self.index(name)
             if index in self._trained:
@@ -169,6 +173,14 @@ class AdapterBank:
             self._places[index], self._spare = self._spare, self._places[index]
             return index
 
+    def clear(self, name: str) -> None:
+        """Take a name's adapter away, and leave it its id; its rows get the base output."""
+        with self.lock:
+            index = self.index(name)
+            if index in self._trained:
+                raise ValueError(f"AdapterBank: {name!r} is trainable; remove it")
+            self.rank[self._places[index]].fill_(0)
+
     def remove(self, name: str) -> None:
         """Free the slot of a name; rows that carry its id get the base output from here on."""
         with self.lock:
@@ -177,6 +189,13 @@ class AdapterBank:
             del self._ids[name]
             self._trained.pop(index, None)
             self._free_ids.append(index)
+
+    def reserve(self, name: str) -> int:
+        """Give a name an id without an adapter: its rows get the base output, until replace."""
+        with self.lock:
+            index = self._take_id(name)
+            self.rank[self._places[index]].fill_(0)
+            return index
 
     def parameters(self, name: str) -> tuple[Parameter, Parameter, Parameter]:
         """(lora_a [r, K], lora_b [N, r], gate [r]) of a trainable adapter: leaves, and views of its
@@ -193,7 +212,8 @@ class AdapterBank:
         )
         return places, tuple(p for views in self._trained.values() for p in views)
 
-    def _check(self, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None) -> None:
+    def check(self, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None) -> None:
+        """Raise what add and replace would raise for this adapter."""
         op = "AdapterBank"
         for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
             check.check_tensor(op, name, t)
@@ -210,6 +230,21 @@ class AdapterBank:
         if gate is not None:
             check.check_tensor(op, "gate", gate)
             check.check_shape(op, "gate", gate, (rank,), "[r]")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """fn of every tensor, as nn.Module.to has it; scale and gate stay fp32. Trainable adapters
+        keep their Parameters."""
+        with self.lock, torch.no_grad():
+            self.a_slots, self.bt_slots = fn(self.a_slots), fn(self.bt_slots)
+            device = self.a_slots.device
+            for name in ("rank", "scale", "gate", "table"):
+                setattr(self, name, getattr(self, name).to(device))
+            for index, views in self._trained.items():
+                rank, gated = views[0].shape[0], views[2].requires_grad
+                for mine, moved in zip(
+                    views, self._views(self._places[index], rank, gated), strict=True
+                ):
+                    mine.data = moved.data
 
     @torch.no_grad()
     def _write(self, slot: int, lora_a, lora_b, scale: float, gate) -> None:

@@ -4,7 +4,7 @@ import copy
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -129,7 +129,7 @@ def _pattern_key(patterns: Iterable[str], name: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
-def _nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
+def nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
     """The names, or last parts of them, that look most like the wanted ones, in words."""
     known = list(dict.fromkeys(n for name in names for n in (name.rpartition(".")[2], name)))
     near = [m for w in wanted for m in difflib.get_close_matches(w, known, n=3, cutoff=0.5)]
@@ -161,6 +161,42 @@ def _find_targets(
     return {name: names[name] for name in targets.values()}
 
 
+def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every name of every module, of a shared one too."""
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+
+
+def targets_of(model: torch.nn.Module, config: LoRAConfig) -> dict[str, torch.nn.Module]:
+    """{name: module} that `config` names in `model`; ValueError with the nearest names if none."""
+    names = _names(model)
+    get_head = getattr(model, "get_output_embeddings", None)
+    targets = _find_targets(config, names, get_head() if callable(get_head) else None)
+    if not targets:
+        wanted = config.target_modules
+        hint = ""
+        if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
+            hint = f" (a str is a regular expression of the whole name; for a suffix: [{wanted!r}])"
+        linears = [name for name, m in names.items() if isinstance(m, torch.nn.Linear)]
+        raise ValueError(
+            f"target_modules={wanted!r} matches no module that is not excluded{hint}; nearest: "
+            f"{nearest([wanted] if isinstance(wanted, str) else wanted, linears)}"
+        )
+    return targets
+
+
+def replace_modules(model: torch.nn.Module, new: Mapping[int, torch.nn.Module]) -> None:
+    """Put new[id(module)] in the place of module, everywhere in model where it occurs."""
+    names = _names(model)
+    for name, module in names.items():
+        if id(module) in new:
+            path, _, child = name.rpartition(".")
+            parent = names[path] if path else model
+            setattr(parent, child, new[id(module)])
+            if isinstance(parent, torch.nn.TransformerEncoderLayer):
+                # Its fused inference path reads linear1.weight and would pass the adapter by.
+                parent.activation_relu_or_gelu = 0
+
+
 def _warn_unused(config: LoRAConfig, names: Iterable[str], targets: Iterable[str]) -> None:
     """What was asked for and met no module is most often a misspelling."""
     unused = []
@@ -173,7 +209,7 @@ def _warn_unused(config: LoRAConfig, names: Iterable[str], targets: Iterable[str
         unused += [(what, key) for key in getattr(config, what) if key not in used]
     for what, entry in unused:
         warnings.warn(
-            f"{what}: {entry!r} matches no module; nearest: {_nearest([entry], names)}",
+            f"{what}: {entry!r} matches no module; nearest: {nearest([entry], names)}",
             stacklevel=3,
         )
 
@@ -211,19 +247,8 @@ def inject(
             "LoRALinear.from_linear"
         )
 
-    names = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
-    linears = [name for name, m in names.items() if isinstance(m, torch.nn.Linear)]
-    get_head = getattr(model, "get_output_embeddings", None)
-    targets = _find_targets(config, names, get_head() if callable(get_head) else None)
-    if not targets:
-        wanted = config.target_modules
-        hint = ""
-        if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
-            hint = f" (a str is a regular expression of the whole name; for a suffix: [{wanted!r}])"
-        raise ValueError(
-            f"target_modules={wanted!r} matches no module that is not excluded{hint}; nearest: "
-            f"{_nearest([wanted] if isinstance(wanted, str) else wanted, linears)}"
-        )
+    names = _names(model)
+    targets = targets_of(model, config)
     for name, module in targets.items():
         check_linear(f"target module {name!r}", module)
         if adapter_dtype not in (None, torch.float32, module.weight.dtype):
@@ -234,23 +259,18 @@ def inject(
     for entry in config.modules_to_save or []:
         if not any(_matches([entry], name) for name in names):
             raise ValueError(
-                f"modules_to_save: {entry!r} matches no module; nearest: {_nearest([entry], names)}"
+                f"modules_to_save: {entry!r} matches no module; nearest: {nearest([entry], names)}"
             )
     _warn_unused(config, names, targets)
 
     model.requires_grad_(False)
-    new = {id(m): _adapted(m, name, config, adapter_dtype) for name, m in targets.items()}
+    new: dict[int, torch.nn.Module] = {
+        id(m): _adapted(m, name, config, adapter_dtype) for name, m in targets.items()
+    }
     for name, module in names.items():
         if _matches(config.modules_to_save or [], name) and id(module) not in new:
             new[id(module)] = copy.deepcopy(module).requires_grad_(True)
-    for name, module in names.items():
-        if id(module) in new:
-            path, _, child = name.rpartition(".")
-            parent = names[path] if path else model
-            setattr(parent, child, new[id(module)])
-            if isinstance(parent, torch.nn.TransformerEncoderLayer):
-                # Its fused inference path reads linear1.weight and would pass the adapter by.
-                parent.activation_relu_or_gelu = 0
+    replace_modules(model, new)
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias":

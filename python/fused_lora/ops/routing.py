@@ -36,6 +36,7 @@ class AdapterRouting:
         check.check_tensor("AdapterRouting", "adapter_ids", adapter_ids, ID_DTYPES)
         self.num_slots, self.shape = num_slots, adapter_ids.shape
         self.ids, self.order, self.offsets = self._sort(adapter_ids)
+        self._wide: dict[torch.Size, AdapterRouting] = {}
 
     def update(self, adapter_ids: Tensor) -> None:
         """Route another batch of the same shape, in place."""
@@ -46,6 +47,11 @@ class AdapterRouting:
                 f"got {list(adapter_ids.shape)} on {adapter_ids.device}"
             )
         found = self._sort(adapter_ids)
+        self._copy(found)
+        for lead, wide in self._wide.items():
+            wide._copy(self._widened(lead))
+
+    def _copy(self, found: tuple[Tensor, Tensor, Tensor]) -> None:
         for mine, new in zip((self.ids, self.order, self.offsets), found, strict=True):
             mine.copy_(new)
 
@@ -74,14 +80,21 @@ class AdapterRouting:
                 f"adapter_ids must have the leading shape of x, {list(lead)} or the first of its "
                 f"dimensions, got {list(self.shape)}"
             )
+        kept = not torch.compiler.is_compiling()  # what a trace makes must not outlive it
+        if not kept or lead not in self._wide:
+            wide = object.__new__(AdapterRouting)
+            wide.num_slots, wide.shape, wide._wide = self.num_slots, lead, {}
+            wide.ids, wide.order, wide.offsets = self._widened(lead)
+            if not kept:
+                return wide
+            self._wide[lead] = wide
+        return self._wide[lead]
+
+    def _widened(self, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         repeats = math.prod(lead[len(self.shape) :])
-        wide = object.__new__(AdapterRouting)
-        wide.num_slots, wide.shape = self.num_slots, lead
         inner = torch.arange(repeats, device=self.ids.device, dtype=torch.int32)
-        wide.ids = self.ids.repeat_interleave(repeats)
-        wide.order = (self.order[:, None] * repeats + inner).reshape(-1)
-        wide.offsets = self.offsets * repeats
-        return wide
+        order = (self.order[:, None] * repeats + inner).reshape(-1)
+        return self.ids.repeat_interleave(repeats), order, self.offsets * repeats
 
 
 def _reads_ids(ids: Tensor) -> bool:
