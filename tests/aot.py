@@ -39,6 +39,7 @@ CALLS = {
     "backward-frozen-b": {"gate": True, "needs": (True, True, False, False)},
     "backward-dx": {"p": 0.1, "needs": (True, False, False, False)},
     "multi-forward": {"save_h": True},
+    "multi-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
 }
 SLOTS = 64  # of the calls for many adapters
@@ -63,11 +64,12 @@ def cases(extent: str) -> list[Case]:
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
-                # Of these two calls M changes nothing.
-                if M == max(buckets) or not call.startswith(("backward-frozen", "backward-dx")):
+                # Of these calls M changes nothing.
+                fixed = "backward-frozen", "backward-dx", "multi-decode"
+                if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype != "bf16":
-            calls = "forward-all", "backward-all", "multi-forward", "multi-backward"
+            calls = "forward-all", "backward-all", "multi-forward", "multi-decode", "multi-backward"
             for (M, R), call in itertools.product(buckets.items(), calls):
                 found.append(Case(sm, dtype, M, R, call))
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
@@ -142,6 +144,9 @@ def call(case: Case):
     gate = empty(R, dtype=torch.float32) if options["gate"] else None
     seed = empty(1, dtype=torch.int64) if p else None
     GPU.sm = case.sm
+    if case.call == "multi-decode":
+        M = min(M, 64)
+        x = empty(M, K)
     if case.call.startswith("multi"):
         from fused_lora.ops import multi_lora_linear as multi
 

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import DEVICE
+from fused_lora.triton_kernels import configs
 
 import fused_lora as fl
 
@@ -56,9 +57,11 @@ def test_each_name_is_served_with_its_adapter(x, weight, backend):
         assert torch.allclose(y[i], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("decode_rows", [0, 64], ids=["tiles", "decode"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_thousand_changes(weight, backend):
+def test_a_thousand_changes(weight, backend, decode_rows, monkeypatch):
     """Against a dictionary of what the bank should hold."""
+    monkeypatch.setattr(configs, "DECODE_ROWS", decode_rows)
     random = torch.Generator().manual_seed(1)
     bank, held, ids = bank_of(4), {}, {}
 

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DROPOUTS, DTYPES, fuzz, layouts, seeds
 from conftest import DEVICE
+from fused_lora.triton_kernels import configs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,13 @@ BACKENDS = ("torch", "triton")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 RAGGED = (1, 3, 8, 16, 17, 64, 128)
 NAMES = ("x", "weight", "bias", "a_slots", "bt_slots", "gate")
+
+
+@pytest.fixture(autouse=True)
+def tiles(request, monkeypatch):
+    """Few rows too are multiplied in tiles, but for the tests of decoding."""
+    if "decod" not in request.node.name:
+        monkeypatch.setattr(configs, "DECODE_ROWS", 0)
 
 
 def ids_of(kind: str, M: int, G: int, dtype=torch.int64) -> torch.Tensor:
@@ -99,11 +108,13 @@ def check(tensors, ids, backend, **options):
     layout=layouts,
     p=st.sampled_from((0.0, *DROPOUTS, 1.0)),
     seed=seeds,
+    decode_rows=st.sampled_from((0, configs.DECODE_ROWS)),
 )
 @fuzz(40)
-def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed):
+def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed, decode_rows):
     tensors = make(M, K, N, tuple(ranks), dtype=dtype, layout=layout)
-    check(tensors, ids_of(kind, M, len(ranks)), backend, dropout_p=p, seed=seed)
+    with mock.patch.object(configs, "DECODE_ROWS", decode_rows):
+        check(tensors, ids_of(kind, M, len(ranks)), backend, dropout_p=p, seed=seed)
 
 
 @backends
@@ -117,6 +128,36 @@ def test_ragged_ranks(backend, kind, id_dtype):
 def test_64_adapters(backend):
     ranks = tuple(RAGGED[i % 5] for i in range(64))
     check(make(257, 33, 20, ranks), ids_of("some", 257, 64), backend, dropout_p=0.3, seed=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding(kind):
+    """Few rows and many adapters: every row reads its own, over several splits of K."""
+    assert configs.row_by_row(33, 7)
+    ids = ids_of(kind, 33, 7)
+    check(make(33, 1100, 300, RAGGED), ids, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "step2", "expanded", "misaligned"])
+def test_decoding_of_any_layout(dtype, layout):
+    check(make(9, 129, 65, RAGGED, dtype=dtype, layout=layout), ids_of("some", 9, 7), "triton")
+
+
+def test_which_rows_are_decoded_alone():
+    """Up to 64, unless there are fewer adapters than tiles of 16 rows."""
+    assert configs.row_by_row(64, 64) and configs.row_by_row(1, 1) and configs.row_by_row(64, 5)
+    assert not configs.row_by_row(65, 64) and not configs.row_by_row(64, 4)
+
+
+def test_a_decoded_row_does_not_depend_on_the_others():
+    tensors = make(16, 40, 33, RAGGED)
+    x, ids = tensors[0], ids_of("some", 16, 7)
+    y = fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend="triton")
+    for others in (torch.full_like(ids, -1), torch.full_like(ids, 3), ids.flip(0)):
+        mixed = torch.where(torch.arange(16, device=DEVICE) % 3 == 0, ids, others)
+        again = fl.multi_lora_linear(x, tensors[1], slots_of(tensors), mixed, backend="triton")
+        assert torch.equal(again[::3], y[::3])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU no product is chosen by what is in a batch")
@@ -209,6 +250,16 @@ def test_rank_rows_past_the_rank_are_not_read(backend):
     if backend == "torch" and DEVICE == "cuda":
         pytest.skip("on a GPU the torch backend multiplies whole slots: they must be finite")
     y = fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend=backend)
+    assert torch.equal(y, expected)
+
+
+def test_decoding_reads_no_rank_past_the_rank():
+    tensors, ids = list(make(9, ranks=(2, 7))), ids_of("some", 9, 2)
+    expected = fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend="triton")
+    for i in (3, 4, 5):
+        tensors[i] = tensors[i].clone()
+        tensors[i][0, 2:] = float("nan")
+    y = fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend="triton")
     assert torch.equal(y, expected)
 
 
@@ -525,6 +576,16 @@ def test_routing_is_updated_in_place():
     assert kept[2].tolist() == [0, 2, 3]
     with pytest.raises(ValueError, match=r"must have shape \[4\]"):
         routing.update(torch.zeros(3, dtype=torch.int64, device=DEVICE))
+
+
+def test_a_wide_routing_is_updated_too():
+    routing = fl.AdapterRouting(torch.tensor([0, 1], device=DEVICE), 2)
+    x = torch.empty(2, 3, 8, device=DEVICE)
+    wide = routing.rows_of(x)
+    assert wide.ids.tolist() == [0, 0, 0, 1, 1, 1] and routing.rows_of(x) is wide
+    routing.update(torch.tensor([1, 0], device=DEVICE))
+    assert wide.ids.tolist() == [1, 1, 1, 0, 0, 0]
+    assert wide.order.tolist() == [3, 4, 5, 0, 1, 2] and wide.offsets.tolist() == [0, 3, 6]
 
 
 @pytest.mark.parametrize("num_slots", [0, -1, 2.0, True])

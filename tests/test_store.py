@@ -206,14 +206,13 @@ def test_replace_keeps_the_id():
         (lambda s: s.route(torch.tensor([5])).__enter__(), IndexError, r"must lie in \[-1, 2\)"),
         (lambda s: s.load("b", "nowhere"), FileNotFoundError, "nowhere has no adapter_config.json"),
     ],
-    ids=str,
 )
 def test_bad_input_changes_nothing(call, error, message):
     store = fl.AdapterStore(mlp(), 2, 8)
     store.add("a", adapter())
     banks = [found.bank for found in store.layers.values()]
     before = [t.clone() for bank in banks for t in (bank.a_slots, bank.rank, bank.table)]
-    if "IndexError" in str(error) and DEVICE == "cuda":
+    if error is IndexError and DEVICE == "cuda":
         pytest.skip("a GPU is not waited for")
     with pytest.raises(error, match=message):
         call(store)

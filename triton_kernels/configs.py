@@ -25,6 +25,9 @@ MAX_BLOCK_R = {"half": 128, "tf32": 128, "fp32": 64}
 BLOCKS_WANTED = 256
 # Fixed where the batch may not matter: splits of K for a row, rows of an adapter in one block.
 SPLITS_OF_K, ROWS_OF_ADAPTER = 8, 1024
+# Up to so many rows each reads its own adapter, unless there are so few adapters that a tile of
+# DECODE_TILE rows would be shared by them.
+DECODE_ROWS, DECODE_TILE = 64, 16
 
 
 @functools.cache
@@ -110,6 +113,14 @@ def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool
     split = max(1, BLOCKS_WANTED // max(1, blocks))
     steps = max(1, triton.cdiv(M, split * row["BLOCK_M"]))
     return row | {"BLOCK_R": block_r, "ROWS": steps * row["BLOCK_M"]}
+
+
+def row_by_row(M: int, G: int) -> bool:
+    """Whether M rows of G adapters at most are multiplied each alone (multi_gemv) or in tiles.
+
+    The host does not know who is in the batch: with G adapters, tiles hold M / G rows or more.
+    """
+    return M <= DECODE_ROWS and G * DECODE_TILE > M
 
 
 def multi_shrink(K: int, R: int, dtype: torch.dtype, sm: int) -> dict:

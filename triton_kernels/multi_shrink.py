@@ -142,6 +142,31 @@ def sum_rows_kernel(
         tl.store(t_ptr + out, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
+def sum_rows(planes, slots, routing, *, h=None, t=None):
+    """Write h and t [M, R], where given, from planes [S, M, R]; not past a row's rank."""
+    split, M, R = planes.shape
+    if M:
+        launch(
+            sum_rows_kernel,
+            (triton.cdiv(M, 32), triton.cdiv(R, 32)),
+            planes.device,
+            planes,
+            routing.ids,
+            slots.rank,
+            slots.scale,
+            slots.gate,
+            slots.table,
+            h,
+            t,
+            split,
+            M,
+            R,
+            BLOCK_M=32,
+            BLOCK_R=32,
+            num_warps=4,
+        )
+
+
 def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False, config=None):
     """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a_slots [P, R, K] of any strides.
 
@@ -191,24 +216,6 @@ def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False, conf
             INPUT_PRECISION=configs.input_precision(x.dtype),
             **c,
         )
-    if planes is not None and M:
-        launch(
-            sum_rows_kernel,
-            (triton.cdiv(M, 32), triton.cdiv(R, 32)),
-            x.device,
-            planes,
-            routing.ids,
-            slots.rank,
-            slots.scale,
-            slots.gate,
-            slots.table,
-            h,
-            t,
-            split,
-            M,
-            R,
-            BLOCK_M=32,
-            BLOCK_R=32,
-            num_warps=4,
-        )
+    if planes is not None:
+        sum_rows(planes, slots, routing, h=h, t=t)
     return t, h

@@ -357,9 +357,20 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
 
 
 def forward_triton(x, weight, slots, route, bias, seed, dropout_p, save_h):
+    from fused_lora.triton_kernels import configs
+    from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
     from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_gemm
-    from fused_lora.triton_kernels.multi_shrink import multi_shrink
+    from fused_lora.triton_kernels.multi_shrink import multi_shrink, sum_rows
 
+    if seed is None and configs.row_by_row(x.shape[0], slots.table.shape[0]):
+        planes = multi_gemv_shrink(x, slots, slots.a_slots, route)
+        y = F.linear(x, weight, bias)
+        multi_gemv_add_(y, planes, slots.bt_slots, slots, route)
+        if not save_h:
+            return y, None
+        h = x.new_zeros(x.shape[0], planes.shape[2])
+        sum_rows(planes, slots, route, h=h)
+        return y, h
     drop = _dropout_args(seed, dropout_p)
     t, h = multi_shrink(x, slots, slots.a_slots, route, dropout=drop, save_h=save_h)
     return multi_segment_gemm(x, weight, t, slots.bt_slots, slots, route, bias=bias), h
@@ -395,11 +406,17 @@ def _add(y, x, slots, route, out_offset, backend):
     part = _rows(y)[:, out_offset : out_offset + slots.bt_slots.shape[2]]
     rows = _rows(x)
     if backend == "triton":
+        from fused_lora.triton_kernels import configs
+        from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
         from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_
         from fused_lora.triton_kernels.multi_shrink import multi_shrink
 
-        t, _ = multi_shrink(rows, slots, slots.a_slots, route)
-        multi_segment_add_(part, t, slots.bt_slots, slots, route)
+        if configs.row_by_row(rows.shape[0], slots.table.shape[0]):
+            planes = multi_gemv_shrink(rows, slots, slots.a_slots, route)
+            multi_gemv_add_(part, planes, slots.bt_slots, slots, route)
+        else:
+            t, _ = multi_shrink(rows, slots, slots.a_slots, route)
+            multi_segment_add_(part, t, slots.bt_slots, slots, route)
     elif _on_host(x):
         order = _Sorted.of(slots, route)
         h = order.shrunk(order.take(rows), slots.a_slots)
