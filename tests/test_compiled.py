@@ -26,8 +26,8 @@ BIG = {
     "multi_segment_gemm_kernel": ("lhs", "rhs", "v"),
     "multi_shrink_kernel": ("x", "a"),
     "multi_row_reduce_kernel": ("z",),
-    "multi_gemv_shrink_kernel": ("x", "a"),
-    "multi_gemv_add_kernel": ("v", "y"),
+    "multi_gemv_shrink_kernel": ("a",),
+    "multi_gemv_add_kernel": ("v",),
 }
 # wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied,
 # element by element.
