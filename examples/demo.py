@@ -2,8 +2,9 @@
 
 A byte-level GPT learns Python's standard library from scratch. It is then adapted to prose, the
 language reference that pydoc carries, in four ways: full fine-tuning, LoRA as plain PyTorch writes
-it, LoRA with fused_lora, and SoRA with fused_lora. All take the same batches. Both texts are on
-every machine that has Python; nothing is downloaded.
+it, LoRA with fused_lora, and SoRA with fused_lora. All take the same batches. Two more texts get an
+adapter each, and all three answer in one batch. The texts are on every machine that has Python;
+nothing is downloaded.
 
     python examples/demo.py             # a CPU trains 0.9 M parameters, a CUDA GPU 0.9 B
     python examples/demo.py --quick     # tiny sizes, to see that it runs
@@ -28,7 +29,16 @@ from pathlib import Path
 import demo_report as report
 import torch
 import torch.nn.functional as F
-from demo_base import GPT, KINDS, PRESETS, Settings, Text, reference_prose, stdlib_sources
+from demo_base import (
+    GPT,
+    KINDS,
+    PRESETS,
+    Settings,
+    Text,
+    character_names,
+    reference_prose,
+    stdlib_sources,
+)
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -235,6 +245,58 @@ def check_curves(naive: Run, reversed_rows: Run, ours: list[Run]) -> list[Check]
     return [Check(f"training loss, {run.name} to {naive.name}", gap(run), bound) for run in ours]
 
 
+def distance(one: Tensor, other: Tensor) -> float:
+    return (one.double() - other.double()).abs().max().item()
+
+
+def timed_call(model: GPT, ids: Tensor) -> tuple[Tensor, float]:
+    """(logits, seconds) of a second call: the first one allocates and loads."""
+    model(ids)
+    start = clock(ids.device)
+    logits = model(ids)
+    return logits, clock(ids.device) - start
+
+
+@torch.no_grad()
+def answer(
+    base: GPT, runs: dict[str, Run], texts: dict[str, Text], s: Settings
+) -> tuple[list[Check], list[list], tuple[float, float]]:
+    """One batch in which every row asks another adapter, beside a batch for each adapter alone.
+
+    Returns a check, the table of bits per byte, and the milliseconds of the mixed batch and of the
+    others together.
+    """
+    model = copy.deepcopy(base)
+    store = fl.AdapterStore(
+        model, len(runs), s.rank, target_modules=list(KINDS), adapter_dtype=torch.float32
+    )
+    for name, run in runs.items():
+        layers = {n: m for n, m in run.model.named_modules() if isinstance(m, fl.nn.LoRALinear)}
+        store.add(name, {n: (m.lora_a, m.lora_b, m.scale, None) for n, m in layers.items()})
+
+    device = base.head.weight.device
+    windows = {name: texts[name].held_out_windows(s).to(device) for name in runs}
+    mixed = torch.stack(list(windows.values()), dim=1).flatten(0, 1)  # the texts in turn
+    names = list(runs) * s.held_out_windows
+    routing = fl.AdapterRouting(store.ids(names), len(runs))
+    with store.route(routing):
+        logits, together = timed_call(model, mixed[:, :-1])
+    losses = F.cross_entropy(logits.float().mT, mixed[:, 1:], reduction="none").mean(1)
+    bits = losses.view(-1, len(runs)).mean(0) / math.log(2)
+
+    rows, apart, rounding, alone_seconds = [["", "base", "alone", "in one batch"]], [], [], 0.0
+    for i, (name, run) in enumerate(runs.items()):
+        alone, taken = timed_call(run.model, windows[name][:, :-1])
+        alone_seconds += taken
+        with fl.use_backend("torch"):
+            exact = copy.deepcopy(run.model).double()(windows[name][:4, :-1])
+        rounding.append(distance(alone[:4], exact))
+        apart.append(distance(logits[i :: len(runs)], alone))
+        rows.append([name, run.bits[0][1], run.evaluate(windows[name]), bits[i].item()])
+    check = Check("logits, three adapters in a batch to each alone", max(apart), 4 * max(rounding))
+    return [check], rows, (1000 * together, 1000 * alone_seconds)
+
+
 def adapter_of(model: GPT) -> Adapter:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, fl.nn.LoRALinear)}
     return {n: (m.lora_a.detach().clone(), m.lora_b.detach().clone()) for n, m in layers.items()}
@@ -254,9 +316,6 @@ def serve(
     Returns checks, the table of bits per byte of each text under each adapter, and the median
     milliseconds of a swap. The model of `codecs` stays merged.
     """
-
-    def distance(one: Tensor, other: Tensor) -> float:
-        return (one.double() - other.double()).abs().max().item()
 
     model = prose.model
     windows = {name: text.held_out_windows(s) for name, text in texts.items()}
@@ -328,6 +387,7 @@ def main() -> int:
     seconds: dict[str, float] = {}
     code, codecs = stdlib_sources(s, codecs=False), stdlib_sources(s, codecs=True)
     texts = {"prose": reference_prose(), "codec tables": codecs}
+    three = {**texts, "character names": character_names(s)}
 
     with Progress(console=console) as progress:
 
@@ -347,19 +407,27 @@ def main() -> int:
             ours, sora = fused_runs(injected, s), sora_run(base, s)
             runs = [full, naive, reversed_rows, *ours, sora]
             train(runs, texts["prose"], s, track("adapt to prose"))
-        with timed(seconds, "adapt to codec tables"):
-            other = lora_run("codecs", injected, s, s.adapt_steps // 2)
-            train([other], codecs, s, track("adapt to codec tables"))
+        with timed(seconds, "adapt to two other texts"):
+            others = {
+                name: lora_run(name, copy.deepcopy(injected), s, s.adapt_steps // 2)
+                for name in ("codec tables", "character names")
+            }
+            for name, other in others.items():
+                train([other], three[name], s, track(f"adapt to {name}"))
+        with timed(seconds, "answer in one batch"):
+            served, mixed, milliseconds = answer(base, {"prose": ours[0], **others}, three, s)
         with timed(seconds, "merge and swap"):
-            checks, tasks, swap_ms = serve(base, ours[0], other, texts, s)
+            checks, tasks, swap_ms = serve(base, ours[0], others["codec tables"], texts, s)
 
-    checks = check_curves(naive, reversed_rows, ours) + checks
+    checks = check_curves(naive, reversed_rows, ours) + served + checks
     parameters = sum(p.numel() for p in base.parameters())
     results = {
         "title": f"{parameters:,} parameters, {machine(device, dtype)}",
         "base": {"code": pretrain.bits[-1][1], "prose": full.bits[0][1]},
         "methods": {run.name: run.row() for run in runs},
         "curves": {run.name: run.bits for run in runs if run is not reversed_rows},
+        "mixed": mixed,
+        "mixed_ms": milliseconds,
         "tasks": tasks,
         "swap_ms": swap_ms,
         "checks": [asdict(check) | {"holds": check.holds} for check in checks],

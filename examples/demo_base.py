@@ -3,6 +3,7 @@
 import pydoc_data.topics
 import random
 import sysconfig
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def stdlib_sources(s: Settings, *, codecs: bool) -> Text:
     random.Random(s.seed).shuffle(files)
     train = [file for i, file in enumerate(files) if i % 16]
     return Text(as_tensor(train)[: s.code_bytes], as_tensor(files[::16]))
+
+
+def character_names(s: Settings) -> Text:
+    """The names of Unicode's characters, one a line; split by runs of lines."""
+    names = [unicodedata.name(chr(code), "") for code in range(0x20000)]
+    counted = "CJK", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION"  # by numbers
+    lines = [name for name in names if name and not name.startswith(counted)]
+    runs = ["\n".join(lines[i : i + 64]).encode() for i in range(0, len(lines), 64)]
+    random.Random(s.seed).shuffle(runs)
+    return Text(as_tensor(runs[len(runs) // 8 :]), as_tensor(runs[: len(runs) // 8]))
 
 
 def reference_prose() -> Text:

@@ -49,7 +49,11 @@ def tables(results: dict) -> dict[str, list[list[str]]]:
         [c["what"], f"{c['measured']:.3g}", f"{c['bound']:.3g}", "yes" if c["holds"] else "NO"]
         for c in results["checks"]
     ]
-    tasks = [[name, *(f"{bits:.4f}" for bits in row)] for name, *row in results["tasks"][1:]]
+    tasks, mixed = (
+        [[name, *(f"{bits:.4f}" for bits in row)] for name, *row in results[key][1:]]
+        for key in ("tasks", "mixed")
+    )
+    together, alone = results["mixed_ms"]
     times = [[phase, f"{t:.1f}"] for phase, t in results["seconds"].items()]
     return {
         "Held-out prose after adapting": method_table(results),
@@ -57,6 +61,8 @@ def tables(results: dict) -> dict[str, list[list[str]]]:
         "Checks": [["largest difference", "measured", "at most", "holds"], *checks],
         "Bits per byte of one merged model, its adapters swapped in place in "
         f"{results['swap_ms']:.2f} ms": [results["tasks"][0], *tasks],
+        f"Bits per byte of three adapters, every row with its own: one batch in {together:.0f} ms, "
+        f"three in {alone:.0f} ms": [results["mixed"][0], *mixed],
         "Time": [["phase", "seconds"], *times],
     }
 

@@ -35,6 +35,9 @@ def test_demo(tmp_path):
     # AdamW keeps two floats a parameter (and a step a tensor), the gradient is one.
     assert full["gradient_bytes"] == 4 * full["trainable"]
     assert 2 * lora["gradient_bytes"] < lora["optimizer_bytes"] < 0.5 * full["optimizer_bytes"]
+    for name, base, alone, mixed in results["mixed"][1:]:
+        assert mixed < base and abs(mixed - alone) < 1e-4 * alone, name
+    assert len(results["mixed"]) == 4
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     for name in methods:
         assert name in (tmp_path / "demo.md").read_text()
