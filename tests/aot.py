@@ -40,6 +40,8 @@ CALLS = {
     "backward-dx": {"p": 0.1, "needs": (True, False, False, False)},
     "multi-forward": {"save_h": True},
     "multi-decode": {},
+    "multi-qkv": {},
+    "multi-qkv-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
 }
 SLOTS = 64  # of the calls for many adapters
@@ -65,11 +67,11 @@ def cases(extent: str) -> list[Case]:
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
                 # Of these calls M changes nothing.
-                fixed = "backward-frozen", "backward-dx", "multi-decode"
+                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv"
                 if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype != "bf16":
-            calls = "forward-all", "backward-all", "multi-forward", "multi-decode", "multi-backward"
+            calls = [c for c in CALLS if c.endswith("all") or c.startswith("multi")]
             for (M, R), call in itertools.product(buckets.items(), calls):
                 found.append(Case(sm, dtype, M, R, call))
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
@@ -144,7 +146,7 @@ def call(case: Case):
     gate = empty(R, dtype=torch.float32) if options["gate"] else None
     seed = empty(1, dtype=torch.int64) if p else None
     GPU.sm = case.sm
-    if case.call == "multi-decode":
+    if case.call.endswith("decode"):
         M = min(M, 64)
         x = empty(M, K)
     if case.call.startswith("multi"):
@@ -156,7 +158,10 @@ def call(case: Case):
         scale, gate = empty(SLOTS, dtype=torch.float32), empty(SLOTS, R, dtype=torch.float32)
         slots = multi.Slots(empty(SLOTS, R, K), empty(SLOTS, R, N), rank, scale, gate, table)
         route = multi.Route(ids, order, offsets)
-        if "needs" not in options:
+        if "qkv" in case.call:
+            y = empty(M, 3 * N)
+            multi._add_triton(list(y.split(N, 1)), x, [slots] * 3, route)
+        elif "needs" not in options:
             multi.forward_triton(x, w, slots, route, empty(N), seed, p, options["save_h"])
         else:
             dy, h = empty(M, N), empty(M, R)

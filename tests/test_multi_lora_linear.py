@@ -405,7 +405,8 @@ def test_opcheck(backend, p):
         ops.multi_lora_linear_backward,
         (dy, x, weight, *slots, *route, h, seed, p, needs, backend),
     )
-    torch.library.opcheck(ops.multi_lora_add_, (dy.clone(), x, *slots, *route, 0, backend))
+    y = guarded((20, 18), device=DEVICE)
+    torch.library.opcheck(ops.multi_lora_add_, (y, x, [*slots, *slots], *route, [0, 9], backend))
 
 
 @backends
@@ -464,6 +465,44 @@ def test_add_to_three_projections_of_one_output(backend):
         ids = torch.tensor([[1] * 5, [0] * 5], device=DEVICE)
         fl.reference.multi_lora_add_(expected, x, slots, ids, out_offset=offset)
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("K", [40, 600])
+@pytest.mark.parametrize("decode_rows", [0, 64], ids=["tiles", "decode"])
+@backends
+def test_projections_of_one_x_in_one_call(backend, decode_rows, K, monkeypatch):
+    """q, k and v in one call are, to the bit, three calls; of different widths and ranks."""
+    monkeypatch.setattr(configs, "DECODE_ROWS", decode_rows)
+    x, *_ = make(9, K)
+    banks, offsets = [], (12, 0, 300)
+    for width, ranks in ((270, (2, 4, 1)), (12, (1, 33, 16)), (40, (7, 3, 20))):
+        _, _, _, a, bt, gate, rank, scale = make(9, K, width, ranks)
+        banks.append(AdapterSlots(a, bt, rank, scale, gate))
+    y = guarded((9, 345), device=DEVICE)
+    expected, routing = y.clone(), fl.AdapterRouting(ids_of("some", 9, 3), 3)
+    for bank, offset in zip(banks, offsets, strict=True):
+        fl.multi_lora_add_(expected, x, bank, routing, out_offset=offset, backend=backend)
+    fl.multi_lora_add_(y, x, banks, routing, out_offset=offsets, backend=backend)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted under the interpreter")
+@pytest.mark.parametrize("rows", [9, 80])
+def test_projections_share_the_launch_of_the_product_with_a(rows, monkeypatch):
+    from traffic import counted
+
+    monkeypatch.setattr(configs, "DECODE_ROWS", 64)
+    x, _, _, a, bt, gate, rank, scale = make(rows, 40, 30, (2, 4, 1, 3, 5, 1))
+    bank = AdapterSlots(a, bt, rank, scale, gate)
+    y, ids = torch.zeros(rows, 90), ids_of("some", rows, 6)
+    with counted() as traffic:
+        fl.multi_lora_add_(y, x, [bank] * 3, ids, out_offset=[0, 30, 60], backend="triton")
+    launches = {kernel: len(found) for kernel, found in traffic.arguments.items()}
+    if rows == 9:
+        assert launches == {"multi_gemv_shrink_kernel": 1, "multi_gemv_add_kernel": 1}
+    else:
+        assert launches["multi_shrink_kernel"] == 1
+        assert launches["multi_segment_gemm_kernel"] == 3
 
 
 def good():
@@ -527,7 +566,15 @@ def test_bad_input(case):
         ({"y": torch.zeros(4, 9).half()}, TypeError, "y must have x's dtype"),
         ({"y": torch.zeros(4, 9, requires_grad=True)}, RuntimeError, "has no gradients"),
         ({"y": torch.zeros(3, 9)}, ValueError, "y must have shape"),
+        ({"out_offset": [0]}, TypeError, "out_offset must be an int, got list"),
+        ({"bank": []}, ValueError, "a list that is not empty"),
+        ({"bank": "twice"}, ValueError, "out_offset must be a list of 2 offsets"),
+        ({"bank": "twice", "out_offset": [0]}, ValueError, "a list of 2 offsets"),
+        ({"bank": "twice", "out_offset": [0, 0]}, ValueError, r"overlap: \[\(0, 9\), \(0, 9\)\]"),
+        ({"bank": "twice", "out_offset": [0, 9]}, ValueError, "at least 18"),
+        ({"bank": "other", "out_offset": [0, 9]}, ValueError, r"as many ids, got \[3, 2\]"),
     ],
+    ids=str,
 )
 def test_bad_input_of_add(changed, error, message):
     arguments = {k: v for k, v in good().items() if k in ("x", "bank", "adapter_ids")}
@@ -536,6 +583,11 @@ def test_bad_input_of_add(changed, error, message):
                  for k, v in {**arguments, **changed}.items()}  # fmt: skip
     if getattr(changed.get("y"), "requires_grad", False):
         arguments["y"] = changed["y"].detach().to(DEVICE).requires_grad_()
+    if isinstance(arguments["bank"], str):
+        own, fewer = good()["bank"], [t[:2] for t in good()["bank"]]
+        arguments["bank"] = [own, own if arguments["bank"] == "twice" else AdapterSlots(*fewer)]
+        if arguments.get("out_offset") == [0, 9] and len(arguments["bank"][1].rank) == 2:
+            arguments["y"] = torch.zeros(4, 18, device=DEVICE)
     before = arguments["y"].detach().clone()
     with pytest.raises(error, match=message):
         fl.multi_lora_add_(**arguments)

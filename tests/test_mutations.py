@@ -644,8 +644,8 @@ FAULTS = {
     ),
     "many: one row each, ranks past the rank": Fault(
         MULTI_GEMV,
-        "        mask_r = offs_r < rank\n        plane",
-        "        mask_r = offs_r < rank + 1\n        plane",
+        "            mask_r = offs_r < rank\n            plane",
+        "            mask_r = offs_r < rank + 1\n            plane",
         "test_multi_lora_linear.py::test_decoding_reads_no_rank_past_the_rank",
     ),
     "many: one row each, the last split of K is dropped": Fault(
@@ -656,11 +656,21 @@ FAULTS = {
     ),
     "many: one row each, rows without adapter get the first": Fault(
         MULTI_GEMV,
-        "return\n    slot = tl.load(table_ptr + slot.to(tl.int64)).to(tl.int64)\n"
-        "    rank = tl.load(rank_ptr + slot)\n    scale",
-        "slot = slot * 0\n    slot = tl.load(table_ptr + slot.to(tl.int64)).to(tl.int64)\n"
-        "    rank = tl.load(rank_ptr + slot)\n    scale",
+        "    if j >= 0:\n        slot = tl.load(table_ptr + j)",
+        "    if j >= -1:\n        slot = tl.load(table_ptr + tl.maximum(j, 0))",
         "test_multi_lora_linear.py::test_decoding[some]",
+    ),
+    "many: the ranks of the first projection for all": Fault(
+        MULTI_GEMV,
+        "x_ptr, a_ptrs[i], rank_ptrs[i], table_ptrs[i], ids_ptr",
+        "x_ptr, a_ptrs[i], rank_ptrs[0], table_ptrs[i], ids_ptr",
+        "test_multi_lora_linear.py::test_projections_of_one_x_in_one_call[triton-decode-600]",
+    ),
+    "many: the gates of the first projection for all": Fault(
+        MULTI_SHRINK,
+        "x_ptr, a_ptrs[i], rank_ptrs[i], scale_ptrs[i], gate_ptrs[i]",
+        "x_ptr, a_ptrs[i], rank_ptrs[i], scale_ptrs[i], gate_ptrs[0]",
+        "test_multi_lora_linear.py::test_projections_of_one_x_in_one_call[triton-tiles-40]",
     ),
     "routing: the wide form keeps the old batch": Fault(
         ROUTING,

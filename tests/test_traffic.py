@@ -177,7 +177,7 @@ def test_multi_shrink_reads_no_padding(split):
     for out in (t, h):
         assert traffic.stored(out) == traffic.touched("store", out) == written
     if split > 1:
-        planes = traffic.argument("multi_shrink_kernel", "planes_ptr")
+        (planes,) = traffic.argument("multi_shrink_kernel", "planes_ptrs")
         assert traffic.loaded(planes) == traffic.stored(planes) == 4 * split * written // E
 
 
@@ -230,8 +230,8 @@ def test_multi_gemv_reads_no_padding():
     slots, routing, rows = batch()
     x, y = draw(M, K), draw(M, N)
     with counted() as traffic:
-        planes = multi_gemv_shrink(x, slots, slots.a_slots, routing)
-        multi_gemv_add_(y, planes, slots.bt_slots, slots, routing)
+        (planes,) = multi_gemv_shrink(x, [slots], [slots.a_slots], routing)
+        multi_gemv_add_([y], [planes], [slots.bt_slots], [slots], routing)
     ranks = RANKS.tolist()
     present = sum(n for n, rank in zip(rows, ranks, strict=True) if rank)
     assert traffic.loaded(x) == E * K * present

@@ -5,6 +5,8 @@ adapter j alone.
 """
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,8 +62,8 @@ _library.define(
     "-> (Tensor dx, Tensor dw, Tensor da, Tensor dbt, Tensor dbias, Tensor dgate)"
 )
 _library.define(
-    f"multi_lora_add_(Tensor(a!) y, Tensor x, {_SLOTS}, {_ROUTE}, int out_offset, str backend) "
-    "-> ()"
+    f"multi_lora_add_(Tensor(a!) y, Tensor x, Tensor[] slots, {_ROUTE}, int[] out_offsets, "
+    "str backend) -> ()"  # the six tensors of the slots of one projection after another
 )
 
 
@@ -363,13 +365,13 @@ def forward_triton(x, weight, slots, route, bias, seed, dropout_p, save_h):
     from fused_lora.triton_kernels.multi_shrink import multi_shrink, sum_rows
 
     if seed is None and configs.row_by_row(x.shape[0], slots.table.shape[0]):
-        planes = multi_gemv_shrink(x, slots, slots.a_slots, route)
+        planes = multi_gemv_shrink(x, [slots], [slots.a_slots], route)
         y = F.linear(x, weight, bias)
-        multi_gemv_add_(y, planes, slots.bt_slots, slots, route)
+        multi_gemv_add_([y], planes, [slots.bt_slots], [slots], route)
         if not save_h:
             return y, None
-        h = x.new_zeros(x.shape[0], planes.shape[2])
-        sum_rows(planes, slots, route, h=h)
+        h = x.new_zeros(x.shape[0], planes[0].shape[2])
+        sum_rows(planes[0], slots, route, h=h)
         return y, h
     drop = _dropout_args(seed, dropout_p)
     t, h = multi_shrink(x, slots, slots.a_slots, route, dropout=drop, save_h=save_h)
@@ -400,32 +402,43 @@ def backward_triton(dy, x, weight, slots, route, h, seed, dropout_p, needs):
     return dx, da, dbt if need_db else None, dgate
 
 
-def _add(y, x, slots, route, out_offset, backend):
+def _add(y, x, slots, route, out_offsets, backend):
     dispatch.require("multi_lora_add_", backend, REFUSALS, x)
-    slots = _cast(slots, x.dtype)
-    part = _rows(y)[:, out_offset : out_offset + slots.bt_slots.shape[2]]
-    rows = _rows(x)
+    slots = [_cast(own, x.dtype) for own in slots]
+    rows, whole = _rows(x), _rows(y)
+    parts = [
+        whole[:, offset : offset + own.bt_slots.shape[2]]
+        for offset, own in zip(out_offsets, slots, strict=True)
+    ]
     if backend == "triton":
-        from fused_lora.triton_kernels import configs
-        from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
-        from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_
-        from fused_lora.triton_kernels.multi_shrink import multi_shrink
-
-        if configs.row_by_row(rows.shape[0], slots.table.shape[0]):
-            planes = multi_gemv_shrink(rows, slots, slots.a_slots, route)
-            multi_gemv_add_(part, planes, slots.bt_slots, slots, route)
+        _add_triton(parts, rows, slots, route)
+        return
+    for part, own in zip(parts, slots, strict=True):
+        if _on_host(x):
+            order = _Sorted.of(own, route)
+            h = order.shrunk(order.take(rows), own.a_slots)
+            order.add_expanded_(part, (h * order.factor).to(x.dtype), own.bt_slots)
         else:
-            t, _ = multi_shrink(rows, slots, slots.a_slots, route)
-            multi_segment_add_(part, t, slots.bt_slots, slots, route)
-    elif _on_host(x):
-        order = _Sorted.of(slots, route)
-        h = order.shrunk(order.take(rows), slots.a_slots)
-        order.add_expanded_(part, (h * order.factor).to(x.dtype), slots.bt_slots)
+            every = _Everyone.of(own, route)
+            h = every.pick(rows @ own.a_slots.flatten(0, 1).t())
+            t = every.spread((h * every.factor).to(x.dtype))
+            part.addmm_(t, own.bt_slots.flatten(0, 1))
+
+
+def _add_triton(parts, x, slots, route):
+    from fused_lora.triton_kernels import configs
+    from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
+    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_
+    from fused_lora.triton_kernels.multi_shrink import multi_shrink_group
+
+    a_slots, bt_slots = [own.a_slots for own in slots], [own.bt_slots for own in slots]
+    if configs.row_by_row(x.shape[0], slots[0].table.shape[0]):
+        planes = multi_gemv_shrink(x, slots, a_slots, route)
+        multi_gemv_add_(parts, planes, bt_slots, slots, route)
     else:
-        every = _Everyone.of(slots, route)
-        h = every.pick(rows @ slots.a_slots.flatten(0, 1).t())
-        t = every.spread((h * every.factor).to(x.dtype))
-        part.addmm_(t, slots.bt_slots.flatten(0, 1))
+        ts, _ = multi_shrink_group(x, slots, a_slots, route)
+        for part, t, bt, own in zip(parts, ts, bt_slots, slots, strict=True):
+            multi_segment_add_(part, t, bt, own, route)
 
 
 def _op_forward(x, weight, *rest):
@@ -440,9 +453,9 @@ def _op_backward(dy, x, weight, *rest):
     return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
-def _op_add(y, x, *rest):
-    slots, route, (out_offset, backend) = _unpack(rest)
-    _add(y, x, slots, route, out_offset, backend)
+def _op_add(y, x, slots, ids, order, offsets, out_offsets, backend):
+    every = [Slots(*slots[i : i + 6]) for i in range(0, len(slots), 6)]
+    _add(y, x, every, Route(ids, order, offsets), out_offsets, backend)
 
 
 def _unpack(rest):
@@ -674,14 +687,18 @@ def multi_lora_add_(
     bank,
     adapter_ids: Tensor | AdapterRouting,
     *,
-    out_offset: int = 0,
+    out_offset: int | Sequence[int] = 0,
     backend: str | None = None,
 ) -> Tensor:
     """y[..., out_offset : out_offset + N] += s_j ((x_i A_j^T) * g_j) B_j^T in place; returns y.
 
     For engines that own the base product; out_offset picks one projection of a packed output (q, k
-    or v of QKV). y [..., at least out_offset + N] and x [..., K] share leading shape, dtype and
-    device; bank and adapter_ids as in multi_lora_linear. No gradients: an inference op.
+    or v of QKV). Projections that share x are one call: bank is then a list of banks, all of as
+    many ids, and out_offset a list of as many offsets, whose columns do not overlap; with
+    backend="triton" they share one launch of the product with A.
+
+    y [..., at least out_offset + N] and x [..., K] share leading shape, dtype and device; bank and
+    adapter_ids as in multi_lora_linear. No gradients: an inference op.
 
     Raises TypeError, ValueError, IndexError and RuntimeError as multi_lora_linear does, and
     RuntimeError where y or x requires a gradient.
@@ -694,23 +711,42 @@ def multi_lora_add_(
         raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
     check.check_device(op, "y", y, x)
     check.check_same_dtype(op, "y", y, x)
-    slots = _slots_of(op, bank, x, None)
-    if isinstance(out_offset, bool) or not isinstance(out_offset, int):
-        raise TypeError(f"{op}: out_offset must be an int, got {type(out_offset).__name__}")
-    width = out_offset + slots.bt_slots.shape[2]
-    if y.shape[:-1] != x.shape[:-1] or out_offset < 0 or y.shape[-1] < width:
+    many = isinstance(bank, list)
+    banks, out_offsets = (bank, out_offset) if many else ([bank], [out_offset])
+    if not isinstance(out_offsets, (list, tuple)) or len(out_offsets) != len(banks) or not banks:
+        raise ValueError(
+            f"{op}: out_offset must be a list of {len(banks)} offsets, one for each bank of a list "
+            f"that is not empty, got {out_offsets!r}"
+        )
+    slots = [_slots_of(op, one, x, None) for one in banks]
+    for offset in out_offsets:
+        if isinstance(offset, bool) or not isinstance(offset, int):
+            raise TypeError(f"{op}: out_offset must be an int, got {type(offset).__name__}")
+    widths = [own.bt_slots.shape[2] for own in slots]
+    spans = sorted((first, first + n) for first, n in zip(out_offsets, widths, strict=True))
+    width = max(end for _, end in spans)
+    if y.shape[:-1] != x.shape[:-1] or min(out_offsets) < 0 or y.shape[-1] < width:
         raise ValueError(
             f"{op}: y must have shape {[*x.shape[:-1], f'at least {width}']} for out_offset = "
             f"{out_offset}, got {list(y.shape)}"
         )
+    if any(begin < end for (_, end), (begin, _) in itertools.pairwise(spans)):
+        raise ValueError(f"{op}: the columns of out_offset = {list(out_offsets)} overlap: {spans}")
     if y.ndim > 2 and not y.is_contiguous():
         raise ValueError(f"{op}: y of more than two dimensions must be contiguous")
-    route = _route_of(op, adapter_ids, slots, x)
+    if len({own.table.shape[0] for own in slots}) > 1:
+        raise ValueError(
+            f"{op}: the banks of a list must have as many ids, got "
+            f"{[own.table.shape[0] for own in slots]}"
+        )
+    route = _route_of(op, adapter_ids, slots[0], x)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
         raise RuntimeError(f"{op} has no gradients: y and x must not require one")
-    with torch.no_grad(), _locked(bank):
+    with torch.no_grad(), contextlib.ExitStack() as locks:
+        for one in banks:
+            locks.enter_context(_locked(one))
         add = torch.ops.fused_lora.multi_lora_add_
-        add(y, x, *slots, *route, out_offset, backend)
+        add(y, x, [t for own in slots for t in own], *route, list(out_offsets), backend)
     return y
 
 
