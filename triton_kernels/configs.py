@@ -91,6 +91,11 @@ def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
     return choose("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
 
 
+def segment_add(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
+    """Without a base product there is little to reuse: the tiles are those of few rows."""
+    return segment_gemm(min(M, 16 if kind(dtype) == "fp32" else 64), N, dtype, sm)
+
+
 def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
     """K is split until there are BLOCKS_WANTED blocks, but not below one K step."""
     row = choose("shrink", kind(dtype), sm, (("R", R),))

@@ -144,7 +144,9 @@ def multi_segment_add_(y, t, v_slots, slots, routing, *, config=None):
 def _start(y, x, weight, t, v_slots, slots, routing, bias, mask, config):
     (M, N), R, G = y.shape, v_slots.shape[1], slots.table.shape[0]
     K = 0 if x is None else x.shape[1]
-    c = dict(config or configs.segment_gemm(M, N, y.dtype, configs.capability(y.device)))
+    sm = configs.capability(y.device)
+    choose = configs.segment_add if x is None else configs.segment_gemm
+    c = dict(config or choose(M, N, y.dtype, sm))
     # Steps of ranks are steps of K, but hold 1024 elements of V, or its loads would be narrow.
     block_r = max(configs.block_of(R, min(32, c["BLOCK_K"])), 1024 // c["BLOCK_N"])
     c["BLOCK_K"] = configs.block_of(K, c["BLOCK_K"])
