@@ -164,6 +164,32 @@ def _grouped_mm(case, x, weight, a, b):
     return forward
 
 
+def _multi_grouped_mm(case, x, weight, a, bt):
+    """A grouped GEMM for each half of the adapters, between a gather of the rows, which are sorted
+    by adapter beforehand, and their addition to the base product."""
+    ids = case.ids().to(x.device)
+    order = ids.argsort(stable=True)
+    ends = ids.bincount(minlength=len(a)).cumsum(0).to(torch.int32)
+
+    def forward():
+        kept = F.dropout(x, case.p) if case.p else x
+        h = F.grouped_mm(kept[order], a.mT, offs=ends)
+        delta = SCALE * F.grouped_mm(h, bt, offs=ends)
+        return F.linear(x, weight).index_add(0, order, delta)
+
+    return forward
+
+
+def _multi_bgmv_form(case, x, weight, a, bt):
+    """Punica's gather of matrices by row, as vLLM and SGLang had it for decoding: zeros for an fp32
+    h, a shrink whose splits of K are added atomically, an expand that reads and writes y."""
+    from fused_lora.bench import forms
+
+    x, weight, a = (t.detach() for t in (x, weight, a))
+    b, ids = bt.detach().mT.contiguous(), case.ids().to(x.device, torch.int32)
+    return lambda: forms.multi_bgmv_form(x, weight, a, b, ids, SCALE)
+
+
 def _no_grouped_mm(device: torch.device, case) -> str | None:
     if device.type != "cuda":
         return f"torch's grouped_mm has a kernel for CUDA, and not for {device.type}"
@@ -205,6 +231,19 @@ BASELINES: dict[str, dict] = {
     },
     "grouped_mm": {
         "build": _grouped_mm,
+        "keep": torch_keep,
+        "unavailable": _no_grouped_mm,
+    },
+}
+MULTI_BASELINES: dict[str, dict] = {
+    "bgmv form": {
+        "build": _multi_bgmv_form,
+        "keep": torch_keep,
+        "unavailable": _no_bgmv,
+        "forward_only": True,
+    },
+    "grouped_mm": {
+        "build": _multi_grouped_mm,
         "keep": torch_keep,
         "unavailable": _no_grouped_mm,
     },

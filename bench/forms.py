@@ -361,3 +361,87 @@ def bgmv_form(x, weight, a, b, scale):
         num_warps=4,
     )
     return y
+
+
+@triton.jit(do_not_specialize=["M"])
+def gather_shrink_kernel(
+    x_ptr,  # [M, K], contiguous
+    a_ptr,  # [G, R, K], contiguous
+    ids_ptr,  # int32 [M]
+    h_ptr,  # fp32 [M, R], contiguous, zeroed
+    M,
+    K,
+    R,
+    scale,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """h_i += scale A_j x_i; a split takes every SPLIT_K-th block of K, and adds atomically."""
+    split, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    a_slot = a_ptr + tl.load(ids_ptr + row).to(tl.int64) * R * K
+    offs_k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_R], tl.float32)
+    for _ in range(0, K, BLOCK_K * SPLIT_K):
+        mask_k = offs_k < K
+        x = tl.load(x_ptr + row * K + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        a = tl.load(
+            a_slot + offs_r[:, None] * K + offs_k[None, :],
+            mask=mask_r[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_K]
+        acc += tl.sum(a.to(tl.float32) * x[None, :], axis=1)
+        offs_k += BLOCK_K * SPLIT_K
+    tl.atomic_add(h_ptr + row * R + offs_r, acc * scale, mask=mask_r, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["M"])
+def gather_expand_kernel(
+    h_ptr,  # fp32 [M, R], contiguous
+    b_ptr,  # [G, N, R], contiguous
+    ids_ptr,  # int32 [M]
+    y_ptr,  # [M, N], contiguous
+    M,
+    N,
+    R,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y_i += B_j h_i."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    b_slot = b_ptr + tl.load(ids_ptr + row).to(tl.int64) * N * R
+    h = tl.load(h_ptr + row * R + offs_r, mask=mask_r, other=0.0)
+    b = tl.load(
+        b_slot + offs_n[:, None] * R + offs_r[None, :],
+        mask=mask_n[:, None] & mask_r[None, :],
+        other=0.0,
+    )  # [BLOCK_N, BLOCK_R]
+    y = tl.load(y_ptr + row * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    y += tl.sum(b.to(tl.float32) * h[None, :], axis=1)
+    tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
+
+
+def multi_bgmv_form(x, weight, a, b, ids, scale):
+    """y [M, N] for a [G, R, K] and b [G, N, R], without gradients."""
+    (M, K), N, R = x.shape, weight.shape[0], a.shape[1]
+    y = F.linear(x, weight)
+    h = torch.zeros(M, R, dtype=torch.float32, device=x.device)
+    block_k = configs.block_of(K, 512)
+    split_k = min(8, triton.cdiv(K, block_k))
+    grid = split_k, M, triton.cdiv(R, 16)
+    launch(
+        gather_shrink_kernel, grid, x.device, x, a, ids, h, M, K, R, scale,
+        BLOCK_K=block_k, BLOCK_R=16, SPLIT_K=split_k, num_warps=4,
+    )  # fmt: skip
+    block_r = triton.next_power_of_2(R)
+    block_n = max(16, 8192 // max(16, block_r))
+    launch(
+        gather_expand_kernel, (M, triton.cdiv(N, block_n)), x.device, h, b, ids, y, M, N, R,
+        BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4,
+    )  # fmt: skip
+    return y

@@ -200,17 +200,30 @@ VLLM = Tree(
 )
 
 
-def _vllm(case, x, weight, a, b):
-    """vLLM's kernels with one adapter for all rows, in the order of its layers.
+def _one_adapter(build: Callable) -> Callable:
+    """The case of one adapter of a form for many: build(case, x, weight, a, bt, ids)."""
 
-    The base GEMM, zeros, shrink, expand onto y. The kernels are called directly, without the
-    registered ops that vLLM calls them through, and the lists of rows are made beforehand. Its own
-    VLLM_TUNED_CONFIG_FOLDER holds.
+    def of_one(case, x, weight, a, b):
+        ids = torch.zeros(case.M, dtype=torch.int64)
+        return build(case, x, weight, a[None], b.t()[None], ids)
+
+    return of_one
+
+
+def _many_adapters(build: Callable) -> Callable:
+    return lambda case, x, weight, a, bt: build(case, x, weight, a, bt, case.ids())
+
+
+def _vllm(case, x, weight, a, bt, ids):
+    """vLLM's kernels, in the order of its layers: the base GEMM, zeros, shrink, expand onto y.
+
+    The kernels are called directly, without the registered ops that vLLM calls them through, and
+    the lists of rows are made beforehand. Its own VLLM_TUNED_CONFIG_FOLDER holds.
     """
     ops = VLLM.load()
-    x, a, b = x.detach(), a.detach()[None], b.detach()[None]
-    meta = ops.lora_kernel_metadata.LoRAKernelMeta.make(1, case.M, x.device)
-    meta.prepare_tensors(torch.zeros(case.M, dtype=torch.int32, device=x.device))
+    x, a, b = x.detach(), a.detach(), bt.detach().mT.contiguous()
+    meta = ops.lora_kernel_metadata.LoRAKernelMeta.make(len(a), case.M, x.device)
+    meta.prepare_tensors(ids.to(x.device, torch.int32))
     rows = meta.meta_args(case.M, False)
 
     def forward():
@@ -250,29 +263,36 @@ SGLANG = Tree(
 CHUNK = 16  # rows: the default of --max-lora-chunk-size
 
 
-def _sglang(case, x, weight, a, b):
-    """The kernels of SGLang's default backend, csgmv, with one adapter for all rows.
+def _sglang(case, x, weight, a, bt, ids):
+    """The kernels of SGLang's default backend, csgmv.
 
-    The base GEMM, shrink, expand onto y, in chunks of 16 rows. The lists of chunks are made
-    beforehand. Triton launches the kernels, where SGLang has a quicker launcher of its own: that
-    matters to eager times, and not in a CUDA graph.
+    The base GEMM, shrink, expand onto y, in chunks of 16 rows of one adapter at most. The lists of
+    chunks are made beforehand. Triton launches the kernels, where SGLang has a quicker launcher of
+    its own: that matters to eager times, and not in a CUDA graph.
     """
     ops = SGLANG.load()
-    x, a, b = x.detach(), a.detach()[None], b.detach()[None]
+    x, a, b = x.detach(), a.detach(), bt.detach().mT.contiguous()
 
     def integers(values) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=x.device)
 
-    first = [*range(0, case.M, CHUNK)]
+    order = ids.argsort(stable=True)
+    counts = ids.bincount(minlength=len(a)).tolist()
+    first, adapters, end = [], [], 0
+    for adapter, count in enumerate(counts):
+        chunks = range(end, end + count, CHUNK)
+        first += chunks
+        adapters += [adapter] * len(chunks)
+        end += count
     batch = SimpleNamespace(
         use_cuda_graph=False,
         num_segments=len(first),
         max_len=CHUNK,
         seg_indptr=integers([*first, case.M]),
-        weight_indices=integers([0] * len(first)),
-        lora_ranks=integers([case.R]),
-        scalings=torch.full((1,), SCALE, device=x.device),
-        permutation=integers(range(case.M)),
+        weight_indices=integers(adapters),
+        lora_ranks=integers([case.R] * len(a)),
+        scalings=torch.full((len(a),), SCALE, device=x.device),
+        permutation=integers(order.tolist()),
     )
     ends = integers([0, case.N])
     ends_cpu = ends.cpu()
@@ -299,6 +319,19 @@ def _not_served(tree: Tree):
     return unavailable
 
 
+def _serving(of_ids: Callable[[Callable], Callable]) -> dict[str, dict]:
+    forms = {"vllm": (_vllm, VLLM), "sglang": (_sglang, SGLANG)}
+    return {
+        name: {
+            "build": of_ids(build),
+            "keep": torch_keep,
+            "unavailable": _not_served(tree),
+            "forward_only": True,
+        }
+        for name, (build, tree) in forms.items()
+    }
+
+
 PEERS: dict[str, dict] = {
     "peft": {
         "build": functools.partial(_peft, autocast_adapter_dtype=True),
@@ -310,16 +343,6 @@ PEERS: dict[str, dict] = {
         "keep": torch_keep,
         "unavailable": _no_peft,
     },
-    "vllm": {
-        "build": _vllm,
-        "keep": torch_keep,
-        "unavailable": _not_served(VLLM),
-        "forward_only": True,
-    },
-    "sglang": {
-        "build": _sglang,
-        "keep": torch_keep,
-        "unavailable": _not_served(SGLANG),
-        "forward_only": True,
-    },
+    **_serving(_one_adapter),
 }
+MULTI_PEERS = _serving(_many_adapters)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fused_lora.bench.baselines import BASELINES, SCALE, torch_keep
-from fused_lora.bench.peers import PEERS
+from fused_lora.bench.baselines import BASELINES, MULTI_BASELINES, SCALE, torch_keep
+from fused_lora.bench.peers import MULTI_PEERS, PEERS
 from torch import Tensor
 
 import fused_lora as fl
@@ -347,7 +347,9 @@ def _multi_ours(backend: str) -> Contender:
 
 
 def _few_rows(device, case):
-    return None if case.M <= 64 and not case.p else "it is a loop for 64 rows at most, without p"
+    if case.M > 64 or case.p:
+        return "it is a loop for 64 rows at most, without dropout"
+    return None if case.dtype.itemsize > 2 else "autograd sums its gradients in 16 bits, row by row"
 
 
 def _multi_stages() -> dict[str, Stage]:
@@ -389,10 +391,15 @@ MULTI_LORA_LINEAR = Op(
         "adapter loop again": Contender(_multi_loop, torch_keep),
         "row loop": Contender(_multi_rows, torch_keep, _few_rows),
         "bmm": Contender(
-            _multi_bmm, torch_keep, lambda device, case: "it has no dropout" if case.p else None
+            _multi_bmm,
+            torch_keep,
+            lambda device, case: "it has no dropout" if case.p else None,
+            forward_only=True,
         ),
         "torch": _multi_ours("torch"),
         "triton": _multi_ours("triton"),
+        **_also(MULTI_PEERS),
+        **_also(MULTI_BASELINES),
     },
 )
 OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR)}

@@ -13,11 +13,11 @@ import torch._functorch.config
 import torch._inductor.config
 from conftest import DEVICE
 from fused_lora.bench import baselines, peers
-from fused_lora.bench.baselines import BASELINES
+from fused_lora.bench.baselines import BASELINES, MULTI_BASELINES
 from fused_lora.bench.measure import gate
-from fused_lora.bench.peers import PEERS, Tree, stub, stubbed
+from fused_lora.bench.peers import MULTI_PEERS, PEERS, Tree, stub, stubbed
 from fused_lora.bench.registry import LORA_LINEAR as OP
-from fused_lora.bench.registry import Contender, LinearCase
+from fused_lora.bench.registry import MULTI_LORA_LINEAR, Contender, LinearCase, MultiCase
 
 CPU = torch.device("cpu")
 COMPILED = [name for name in BASELINES if name.startswith("compiled")]
@@ -79,6 +79,20 @@ def test_grouped_mm(p, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_peer(name, p, dtype, device):
     check(Contender(**PEERS[name]), CASE._replace(p=p, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("popularity", ["distinct", "zipf", "identical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*MULTI_PEERS, *MULTI_BASELINES, "bmm", "row loop"])
+def test_form_for_many_adapters(name, dtype, popularity, device):
+    contender = MULTI_LORA_LINEAR.contenders[name]
+    case = MultiCase(37, 72, 80, R=8, G=5, popularity=popularity, dtype=dtype)
+    if name == "grouped_mm" and DEVICE == "cpu":
+        # Without a kernel for it, torch on a CPU computes it all the same.
+        assert "CUDA" in contender.unavailable(device, case)
+    elif reason := contender.unavailable(device, case):
+        pytest.skip(reason)
+    gate(MULTI_LORA_LINEAR, case, contender, MULTI_LORA_LINEAR.tensors(case, device))
 
 
 def test_a_compiled_forward_has_several_backwards():

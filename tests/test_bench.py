@@ -17,7 +17,7 @@ from fused_lora.bench.measure import (
     check_floor,
     gate,
 )
-from fused_lora.bench.registry import DIRECTIONS, LinearCase, Stage
+from fused_lora.bench.registry import DIRECTIONS, LinearCase, MultiCase, Stage
 from fused_lora.bench.registry import LORA_LINEAR as OP
 from fused_lora.bench.report import (
     MARKS,
@@ -411,6 +411,40 @@ def test_targets(tmp_path):
     assert lines["DRAM GiB, both, M = 8192, 4096x4096"].endswith("0.75  missed by 0.05")
     assert lines["dx of q, k and v over three addmm_"].endswith("not measured")
     assert "1.00  met, and the aim" in lines["forward at p = 0.1 over p = 0"]
+
+
+def test_targets_of_many_adapters(tmp_path):
+    case = MultiCase(64, 4096, 4096, G=64, popularity="distinct", dtype=torch.bfloat16)
+
+    def times(microseconds):
+        quantiles = {key: microseconds / 1e6 for key in ("p20", "p50", "p80")}
+        return {"cold": {"forward": {**quantiles, "over": {}}}}
+
+    for theirs in ("bgmv form", "vllm"):
+        results = {**known(), "op": "multi_lora_linear", "missing": {}}
+        of = {
+            "torch": 20.0,
+            "triton": 16.0,
+            "bgmv form": 24.0,
+            theirs: 24.0 + 8 * (theirs == "vllm"),
+        }
+        results["cases"] = [
+            {
+                "label": str(case),
+                "case": {**case._asdict(), "dtype": "bfloat16"},
+                "flops": {"forward": 1},
+                "bytes": {"forward": 1},
+                "times": {name: times(us) for name, us in of.items()},
+                "memory": {},
+                "failed": {},
+            }
+        ]
+        (tmp_path / "multi_lora_linear-decode.json").write_text(json.dumps(results))
+        (tmp_path / "lora_linear-quick.json").write_text(json.dumps(h200()))
+        lines = {line.split("  ")[0]: line for line in targets.table(tmp_path).splitlines()}
+        line = lines["decode 64 rows of 64 adapters over vLLM's form"]
+        assert ("2.00  met" if theirs == "vllm" else "1.50  met") in line
+        assert "1.34  met" in lines["decode 64 rows of 64 adapters over its floor"]
 
 
 def test_targets_of_nothing_are_not_measured(tmp_path):
