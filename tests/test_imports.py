@@ -23,6 +23,7 @@ ALLOWED = {
     "inject": {"nn", "ops"},
     "bank": {"ops"},
     "checkpoint": set(),
+    "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
     "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},
 }

@@ -3,6 +3,7 @@
 from fused_lora import nn, optim, reference
 from fused_lora.bank import AdapterBank
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
+from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.ops.dispatch import backends, use_backend, why
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
@@ -16,6 +17,7 @@ __all__ = [
     "AdapterRouting",
     "AdapterStore",
     "LoRAConfig",
+    "accelerate",
     "backends",
     "inject",
     "lora_linear",
@@ -25,6 +27,7 @@ __all__ = [
     "nn",
     "optim",
     "reference",
+    "restore",
     "unmerge",
     "use_backend",
     "why",
