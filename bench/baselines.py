@@ -164,6 +164,12 @@ def _grouped_mm(case, x, weight, a, b):
     return forward
 
 
+def _no_multi_grouped_mm(device: torch.device, case) -> str | None:
+    if case.ragged:
+        return "torch's grouped_mm takes adapters of one rank"
+    return _no_grouped_mm(device, case)
+
+
 def _multi_grouped_mm(case, x, weight, a, bt):
     """A grouped GEMM for each half of the adapters, between a gather of the rows, which are sorted
     by adapter beforehand, and their addition to the base product."""
@@ -245,6 +251,6 @@ MULTI_BASELINES: dict[str, dict] = {
     "grouped_mm": {
         "build": _multi_grouped_mm,
         "keep": torch_keep,
-        "unavailable": _no_grouped_mm,
+        "unavailable": _no_multi_grouped_mm,
     },
 }

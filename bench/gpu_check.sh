@@ -122,7 +122,7 @@ for stage in "${chosen[@]}"; do
         bench-decode) bench bench-decode fused_lora.bench.run --op lora_linear --stage decode --seconds 400 ;;
         bench-multi)
             bench bench-multi fused_lora.bench.run --op multi_lora_linear --stage decode --stage training \
-                --seconds 200
+                --stage ranks --seconds 130
             ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;

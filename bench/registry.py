@@ -233,10 +233,15 @@ class MultiCase(NamedTuple):
     popularity: str = "uniform"
     p: float = 0.0
     dtype: torch.dtype = torch.float32
+    ragged: bool = False
+
+    def ranks(self) -> list[int]:
+        """Of every adapter: R, or where ragged R, R / 2, R / 4 and R / 8 in turn."""
+        return [max(1, self.R >> (j % 4 if self.ragged else 0)) for j in range(self.G)]
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
-        rows = f"M={self.M} {self.N}x{self.K} r={self.R}"
+        rows = f"M={self.M} {self.N}x{self.K} r{'<=' if self.ragged else '='}{self.R}"
         return f"{rows} {self.G} adapters, {self.popularity}, p={self.p:g} {dtype}"
 
     def ids(self) -> Tensor:
@@ -253,13 +258,14 @@ class MultiCase(NamedTuple):
 
 
 def multi_tensors(case: MultiCase, device: torch.device) -> list[Tensor]:
-    """x, the frozen weight and the slots, of N(0, 1)."""
+    """x, the frozen weight and the slots, of N(0, 1), and zero past an adapter's rank."""
     M, N, K, R, G = case[:5]
     shapes = {"x": (M, K), "weight": (N, K), "a_slots": (G, R, K), "bt_slots": (G, R, N)}
-    return [
-        torch.randn(shape, device=device, dtype=case.dtype).requires_grad_(name != "weight")
-        for name, shape in shapes.items()
-    ]
+    tensors = [torch.randn(shape, device=device, dtype=case.dtype) for shape in shapes.values()]
+    for slots in tensors[2:]:
+        for j, rank in enumerate(case.ranks()):
+            slots[j, rank:] = 0
+    return [t.requires_grad_(name != "weight") for name, t in zip(shapes, tensors, strict=True)]
 
 
 def _rows_by_adapter(case: MultiCase, device: torch.device) -> list[tuple[int, Tensor]]:
@@ -271,19 +277,24 @@ def multi_truth(case, x, weight, a, bt, keep=None):
     kept = x if keep is None else x * keep * reference.dropout_scale(case.p)
     y = F.linear(x, weight)
     for j, rows in _rows_by_adapter(case, x.device):
-        y = y.index_add(0, rows, SCALE * (kept[rows] @ a[j].t()) @ bt[j])
+        r = case.ranks()[j]
+        y = y.index_add(0, rows, SCALE * (kept[rows] @ a[j, :r].t()) @ bt[j, :r])
     return y
 
 
 def multi_flops(case: MultiCase, direction: str) -> int:
-    return linear_flops(case, direction)
+    M, N, K = case[:3]
+    ranks = torch.tensor(case.ranks())[case.ids()]
+    base, adapter = 2 * M * N * K, 2 * int(ranks.sum()) * (K + N)
+    forward, backward = base + adapter, base + 2 * adapter
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
 def multi_bytes(case: MultiCase, direction: str) -> int:
     """The adapters that are in the batch are read once, the gradients of all are written."""
     M, N, K, R, G = case[:5]
-    present = len(case.ids().unique())
-    adapters, h = present * R * (K + N), M * R
+    ranks, ids = torch.tensor(case.ranks()), case.ids()
+    adapters, h = int(ranks[ids.unique()].sum()) * (K + N), int(ranks[ids].sum())
     forward = M * K + N * K + adapters + M * N + h
     backward = M * N + M * K + N * K + adapters + h + M * K + G * R * (K + N)
     elements = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
@@ -292,13 +303,14 @@ def multi_bytes(case: MultiCase, direction: str) -> int:
 
 def _multi_loop(case, x, weight, a, bt):
     """PEFT's mixed batch: for each adapter its rows out, through both matrices, and added in."""
-    groups = _rows_by_adapter(case, x.device)
+    groups, ranks = _rows_by_adapter(case, x.device), case.ranks()
 
     def forward():
         kept = F.dropout(x, case.p) if case.p else x
         y = F.linear(x, weight)
         for j, rows in groups:
-            y = y.index_add(0, rows, SCALE * F.linear(F.linear(kept[rows], a[j]), bt[j].t()))
+            h = F.linear(kept[rows], a[j, : ranks[j]])
+            y = y.index_add(0, rows, SCALE * F.linear(h, bt[j, : ranks[j]].t()))
         return y
 
     return forward
@@ -336,7 +348,7 @@ def _multi_ours(backend: str) -> Contender:
 
     def build(case, x, weight, a, bt):
         G, R = a.shape[:2]
-        rank = torch.full((G,), R, dtype=torch.int32, device=x.device)
+        rank = torch.tensor(case.ranks(), dtype=torch.int32, device=x.device)
         scale = torch.full((G,), SCALE, device=x.device)
         slots = reference.AdapterSlots(a, bt, rank, scale, torch.ones(G, R, device=x.device))
         routing = fl.AdapterRouting(case.ids().to(x.device), G)
@@ -347,8 +359,8 @@ def _multi_ours(backend: str) -> Contender:
 
 
 def _few_rows(device, case):
-    if case.M > 64 or case.p:
-        return "it is a loop for 64 rows at most, without dropout"
+    if case.M > 64 or case.p or case.ragged:
+        return "it is a loop for 64 rows at most, without dropout, of one rank"
     return None if case.dtype.itemsize > 2 else "autograd sums its gradients in 16 bits, row by row"
 
 
@@ -361,6 +373,14 @@ def _multi_stages() -> dict[str, Stage]:
         ]
 
     mixed = [(64, "distinct"), (64, "zipf"), (8, "uniform"), (1, "identical")]
+    square = {"N": 4096, "K": 4096, "dtype": BF16}
+    ranks = [
+        MultiCase(M, R=R, G=64, popularity="zipf", ragged=ragged, **square)
+        for R, ragged in ((64, True), (8, False), (32, False), (64, False), (128, False))
+        for M in (64, 4096)
+    ]
+    # The shapes that SGLang publishes times of: 32 tokens of 8 adapters.
+    published = [MultiCase(32, N, K, R=32, dtype=BF16) for N, K in ((24576, 4096), (4096, 12288))]
     cpu = [
         MultiCase(M, n, n, G=G, popularity=popularity)
         for n, M in itertools.product((1024, 4096), (16, 64, 256))
@@ -370,8 +390,9 @@ def _multi_stages() -> dict[str, Stage]:
         "cpu": Stage([*cpu, MultiCase(256, 1024, 1024, p=0.1)]),
         "cpu-quick": Stage([MultiCase(16, 512, 512), MultiCase(64, 512, 512, popularity="zipf")]),
         "quick": Stage([MultiCase(64, 4096, 4096, G=64, popularity="distinct", dtype=BF16)]),
-        "decode": Stage(llama((64, 1, 16, 256), mixed), directions=("forward",)),
-        "training": Stage(llama((4096, 512), mixed[1:])),
+        "decode": Stage(published + llama((64, 1, 16, 256), mixed), directions=("forward",)),
+        "training": Stage(llama((4096, 512, 8192), mixed[1:])),
+        "ranks": Stage(ranks),
     }
 
 

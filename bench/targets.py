@@ -151,6 +151,16 @@ def over_distinct_floor(results: Results, name: str) -> float | None:
     return ours and ours / 11.95e-6
 
 
+def cost_of_eight(results: Results, name: str) -> float | None:
+    """The largest ratio of a training step with 8 adapters to one adapter on the same rows."""
+    both: dict[tuple, dict[int, float]] = {}
+    for case in results.multi.cases if results.multi else ():
+        c, found = case["case"], results.multi.times(case, "cold", "both", name)
+        if found and c["R"] == 16 and c["G"] in (1, 8) and c["M"] >= 512:
+            both.setdefault((c["M"], c["N"], c["K"]), {})[c["G"]] = found["p50"]
+    return worst([times[8] / times[1] for times in both.values() if len(times) == 2])
+
+
 def not_built(results: Results, name: str) -> None:
     """The operation does not exist yet."""
 
@@ -173,6 +183,7 @@ TARGETS = [
     Target("decode 4096x4096, M 1 to 16", 1.25, 1.08, over_floor("forward", (SQUARE,), (1, 4, 16))),
     Target("decode 64 rows of 64 adapters over vLLM's form", 1.2, 1.35, over_vllm, least=True),
     Target("decode 64 rows of 64 adapters over its floor", 1.6, 1.35, over_distinct_floor),
+    Target("training with 8 adapters over one on the same rows", 1.10, 1.0, cost_of_eight),
     Target("decode 14336x4096, share of 4.3 TB/s", 0.75, 0.88, share_of_bandwidth, least=True),
     Target("DRAM GiB, both, M = 8192, 4096x4096", 0.70, 0.50, dram_gib),
     Target("forward at p = 0.1 over p = 0", 1.05, 1.0, dropout_cost("forward")),

@@ -95,6 +95,16 @@ def test_form_for_many_adapters(name, dtype, popularity, device):
     gate(MULTI_LORA_LINEAR, case, contender, MULTI_LORA_LINEAR.tensors(case, device))
 
 
+@pytest.mark.parametrize("name", [n for n in MULTI_LORA_LINEAR.contenders if n != "linear"])
+def test_ranks_that_differ(name, device):
+    case = MultiCase(20, 40, 48, R=8, G=5, ragged=True, dtype=torch.float16)
+    assert case.ranks() == [8, 4, 2, 1, 8]
+    contender = MULTI_LORA_LINEAR.contenders[name]
+    if reason := contender.unavailable(device, case):
+        pytest.skip(reason)
+    gate(MULTI_LORA_LINEAR, case, contender, MULTI_LORA_LINEAR.tensors(case, device))
+
+
 def test_a_compiled_forward_has_several_backwards():
     case = CASE._replace(p=0.3)
     x, weight, a, b = OP.tensors(case, CPU)

@@ -190,7 +190,9 @@ def accelerated_class() -> type:
             else:
                 self._check_forward_args(x, *args, **kwargs)
                 names = sorted({name for name in mixed if name in self.lora_A})
-            others = [key for key, value in kwargs.items() if key != "adapter_names" and value]
+            others = [
+                key for key, value in kwargs.items() if key != "adapter_names" and value is not None
+            ]
             if args or others:
                 reason: str | None = f"it was called with more arguments: {others or len(args)}"
             else:
