@@ -7,28 +7,14 @@ import re
 import pytest
 import torch
 from conftest import DEVICE
+from tiny_llama import tiny_llama
 
 import fused_lora as fl
 from fused_lora.integrations.peft import accelerated_class
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 LINEAR = peft.tuners.lora.layer.Linear
-
-
-def llama(dtype=torch.float32) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).to(DEVICE, dtype)
 
 
 def config(**options) -> peft.LoraConfig:
@@ -38,7 +24,7 @@ def config(**options) -> peft.LoraConfig:
 
 def model_of(*configs, dtype=torch.float32) -> torch.nn.Module:
     """A PEFT model with adapters a0, a1 and so on; a0 is active."""
-    model = peft.get_peft_model(llama(dtype), configs[0], adapter_name="a0")
+    model = peft.get_peft_model(tiny_llama(dtype), configs[0], adapter_name="a0")
     for i, found in enumerate(configs[1:], 1):
         model.add_adapter(f"a{i}", found)
     return model
@@ -273,4 +259,4 @@ def test_embeddings_and_foreign_layers_are_reported():
 def test_a_model_without_peft_layers():
     for call in (fl.accelerate, fl.restore):
         with pytest.raises(ValueError, match="no LoRA layer of PEFT"):
-            call(llama())
+            call(tiny_llama())

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import DEVICE
+from tiny_llama import tiny_llama
 
 import fused_lora as fl
 from fused_lora.checkpoint import AdapterWeights
@@ -321,19 +322,9 @@ def test_routes_are_of_their_thread():
 
 @pytest.fixture(scope="module")
 def llama_and_folders(tmp_path_factory):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().to(DEVICE)
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = tiny_llama().eval()
     configs = {
         "small": peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]),
         "rs": peft.LoraConfig(r=9, lora_alpha=6, use_rslora=True, target_modules="all-linear"),
