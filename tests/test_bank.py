@@ -1,5 +1,7 @@
 """AdapterBank: names, slots, capacity, training in place, and changes while batches run."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -95,6 +97,23 @@ def test_a_thousand_changes(weight, backend, decode_rows, monkeypatch):
                 # An id that no name has gives the base.
                 want = alone(x[i], weight, by_id[j]) if j in by_id else x[i] @ weight.t()
                 assert torch.allclose(y[i], want, rtol=1e-4, atol=1e-3), (step, j)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_a_copy_is_a_bank_of_its_own(x, weight, how):
+    bank = bank_of()
+    a, b, _ = adapter(4)
+    index = bank.add("french", a, b, scale=2.0, trainable=True)
+    twin, ids = how(bank), torch.full((len(x),), index, device=DEVICE)
+    want = served(bank, x, weight, ids, "torch")
+    assert torch.equal(served(twin, x, weight, ids, "torch"), want)
+    with torch.no_grad():
+        twin.parameters("french")[0].mul_(2)
+    changed = served(twin, x, weight, ids, "torch")
+    assert not torch.equal(changed, want)
+    assert torch.equal(served(bank, x, weight, ids, "torch"), want)
+    twin.add("german", *adapter(2)[:2], scale=1.0)
+    assert twin.names == ["french", "german"] and bank.names == ["french"]
 
 
 def test_a_removed_name_gives_the_base(x, weight):

@@ -239,12 +239,25 @@ class AdapterBank:
             device = self.a_slots.device
             for name in ("rank", "scale", "gate", "table"):
                 setattr(self, name, getattr(self, name).to(device))
-            for index, views in self._trained.items():
-                rank, gated = views[0].shape[0], views[2].requires_grad
-                for mine, moved in zip(
-                    views, self._views(self._places[index], rank, gated), strict=True
-                ):
-                    mine.data = moved.data
+            self._point_into_slots()
+
+    def _point_into_slots(self) -> None:
+        """Let the Parameters of trainable adapters be views of their slots again."""
+        for index, views in self._trained.items():
+            rank, gated = views[0].shape[0], views[2].requires_grad
+            here = self._views(self._places[index], rank, gated)
+            for mine, there in zip(views, here, strict=True):
+                mine.data = there.data
+
+    def __getstate__(self) -> dict:
+        state = vars(self).copy()
+        del state["lock"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.lock = threading.RLock()
+        self._point_into_slots()
 
     @torch.no_grad()
     def _write(self, slot: int, lora_a, lora_b, scale: float, gate) -> None:
