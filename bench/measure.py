@@ -21,7 +21,7 @@ import torch
 from fused_lora.bench.registry import DIRECTIONS, Contender, Op
 from torch import Tensor
 
-from fused_lora.testing import assert_accurate, saved_bytes
+from fused_lora.testing import Truth, saved_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODES = {"cpu": ("eager",), "cuda": ("cold", "hot", "eager")}
@@ -77,29 +77,39 @@ def _grads(y: Tensor, leaves: list[Tensor], dy: Tensor, **options) -> tuple[Tens
     return torch.autograd.grad(y, leaves, dy, allow_unused=True, **options)
 
 
-def gate(op: Op, case, contender: Contender, tensors: Sequence[Tensor]) -> None:
-    """Raise unless the output and every gradient are as accurate as `truth` in the same dtype."""
+def gate(
+    op: Op, case, contender: Contender, tensors: Sequence[Tensor], truths: dict | None = None
+) -> None:
+    """Raise unless the output and every gradient are as accurate as `truth` in the same dtype.
+
+    Contenders of one case may share `truths`, which is filled here: fp64 is slow on a GPU.
+    """
+    truths = {} if truths is None else truths
+    leaves = [] if contender.forward_only else [t for t in tensors if t.requires_grad]
+    key = contender.keep if case.p else None, bool(leaves)
+    if key not in truths:
+        truths[key] = _truth(op, case, contender, tensors, bool(leaves))
+    truth, dy = truths[key]
+    forward = contender.build(case, *tensors)
+    torch.manual_seed(0)
+    y = forward()
+    ours = [y, *torch.autograd.grad(y, leaves, dy)] if leaves else [y]
+    truth.check(["output", *(f"gradient {i}" for i in range(1, len(ours)))], ours)
+
+
+def _truth(op: Op, case, contender: Contender, tensors, gradients: bool) -> tuple[Truth, Tensor]:
+    """(op.truth with the contender's dropout mask, and its gradients; the dy of those)."""
     x = tensors[0].detach()
     torch.manual_seed(0)
     keep = contender.keep(case, x).to(x.dtype) if case.p else None
     dy = torch.randn_like(op.truth(case, *tensors).detach())
-    forward = contender.build(case, *tensors)
-    leaves = [] if contender.forward_only else [t for t in tensors if t.requires_grad]
-    torch.manual_seed(0)
-
-    def outputs(forward, leaves):
-        y = forward()
-        return [y, *torch.autograd.grad(y, leaves, dy)] if leaves else [y]
-
-    ours = outputs(forward, leaves)
 
     def truth(dy, keep, *tensors):
         y = op.truth(case, *tensors, keep=keep)
-        wanted = [t for t in tensors if t.requires_grad] if leaves else []
+        wanted = [t for t in tensors if t.requires_grad] if gradients else []
         return [y, *torch.autograd.grad(y, wanted, dy)] if wanted else [y]
 
-    names = ["output", *(f"gradient {i}" for i in range(1, len(ours)))]
-    assert_accurate(names, ours, truth, [dy, keep, *tensors])
+    return Truth(truth, [dy, keep, *tensors]), dy
 
 
 class BelowFloor(Exception):
@@ -193,9 +203,10 @@ class Interleaved:
         self.below: set[tuple[str, str, str]] = set()
         tensors = op.tensors(case, device)
         verdicts: dict[Contender, str | None] = {contenders[op.floor]: None}
+        truths: dict = {}
         for name, contender in contenders.items():
             if contender not in verdicts:
-                verdicts[contender] = self._verdict(contender, tensors)
+                verdicts[contender] = self._verdict(contender, tensors, truths)
             if reason := verdicts[contender]:
                 self.refused[name] = reason
         contenders = {name: c for name, c in contenders.items() if name not in self.refused}
@@ -215,10 +226,10 @@ class Interleaved:
             for name in contenders:
                 self._capture(name)
 
-    def _verdict(self, contender: Contender, tensors: list[Tensor]) -> str | None:
+    def _verdict(self, contender: Contender, tensors: list[Tensor], truths: dict) -> str | None:
         """Why a contender is not timed. One that cannot run must not cost the others their turn."""
         try:
-            gate(self.op, self.case, contender, tensors)
+            gate(self.op, self.case, contender, tensors, truths)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:

@@ -222,7 +222,7 @@ def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
     """A row for each of of(op, *inputs), held to the reference in fp64."""
     import torch
 
-    from fused_lora.testing import assert_accurate, converted
+    from fused_lora.testing import Truth
 
     op, reference = ops
     inputs = [t.detach().requires_grad_(i > 1) for i, t in enumerate(inputs)]
@@ -233,13 +233,13 @@ def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
     def plain(*inputs):
         return of(reference, *inputs)
 
-    got, same, true = ours(), plain(*inputs), plain(*converted(inputs, torch.Tensor.double))
+    got, truth = ours(), Truth(plain, inputs)
     ratio = _over(ours, naive, inputs[0].device)
     for i, output in enumerate(outputs):
         why = ""
         try:
             alone = [t if i == k else None for k, t in enumerate(got)]
-            assert_accurate(outputs, alone, plain, inputs)
+            truth.check(outputs, alone)
         except AssertionError as error:
             why = str(error)
         yield Row(
@@ -247,8 +247,8 @@ def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
                 "case": f"{name} {str(inputs[0].dtype).removeprefix('torch.')}",
                 "backend": backend,
                 "output": output,
-                "error": _relative(got[i], true[i]),
-                "error of plain torch": _relative(same[i], true[i]),
+                "error": _relative(got[i], truth.true[i]),
+                "error of plain torch": _relative(truth.plain[i], truth.true[i]),
                 "verdict": "FAILED" if why else "ok",
                 "why": why,
                 "time over naive": None if i else ratio,

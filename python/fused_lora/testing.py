@@ -28,16 +28,10 @@ def converted(
     return [None if t is None else fn(t.detach()).requires_grad_(t.requires_grad) for t in tensors]
 
 
-def assert_accurate(
-    names: Sequence[str],
-    ours: Sequence[Tensor | None],
-    fn: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-) -> None:
-    """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error
-    plus an ulp.
+class Truth:
+    """What fn(*inputs) is in fp64, and how far an implementation of it may be from that.
 
-    For each output, in the Frobenius and in the largest-element norm, with truth = fn in fp64:
+    For each output, in the Frobenius and in the largest-element norm:
 
         |ours - truth| <= 2 |fn - truth| + eps * spread + eps(fp32) * size
 
@@ -45,35 +39,58 @@ def assert_accurate(
 
     Every output is a sum of products of inputs. spread = sqrt(fn(inputs^2)), what one rounding of
     every term comes to, and size = fn(|inputs|), the scale of a sum's backward error, are ulps that
-    cancellation does not shrink. Shapes and dtypes must be fn's. An output of None is not looked
-    at.
+    cancellation does not shrink.
     """
-    plain = fn(*inputs)
-    double = converted(inputs, torch.Tensor.double)
-    truth = fn(*double)
-    size = fn(*converted(double, torch.abs))
-    squares = fn(*converted(double, torch.square))
-    for name, out, same, true, terms, square in zip(
-        names, ours, plain, truth, size, squares, strict=True
-    ):
-        if out is None:
-            continue
-        assert out.shape == same.shape, (
-            f"{name}: shape {tuple(out.shape)}, want {tuple(same.shape)}"
-        )
-        assert out.dtype == same.dtype, f"{name}: dtype {out.dtype}, want {same.dtype}"
-        eps = max(torch.finfo(t.dtype).eps for t in (*inputs, out) if t is not None)
-        sum_eps = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
-        results = (out - true, same - true, square.sqrt(), terms)
-        for norm, error, theirs, spread, sums in zip(
-            ("Frobenius", "max"), *map(norms, results), strict=True
+
+    def __init__(self, fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None]):
+        self.plain = fn(*inputs)
+        double = converted(inputs, torch.Tensor.double)
+        self.true = fn(*double)
+        size = fn(*converted(double, torch.abs))
+        squares = fn(*converted(double, torch.square))
+        self.eps = max(torch.finfo(t.dtype).eps for t in inputs if t is not None)
+        # For each output, and of it for each norm: plain torch's error, spread and size.
+        self.scales = [
+            tuple(zip(norms(same - true), norms(square.sqrt()), norms(terms), strict=True))
+            for same, true, square, terms in zip(self.plain, self.true, squares, size, strict=True)
+        ]
+
+    def check(self, names: Sequence[str], ours: Sequence[Tensor | None]) -> None:
+        """Raise AssertionError where one of ours is too far away, or of another shape or dtype.
+
+        An output of None is not looked at.
+        """
+        for name, out, same, true, scales in zip(
+            names, ours, self.plain, self.true, self.scales, strict=True
         ):
-            bound = 2 * theirs + eps * spread + sum_eps * sums
-            # Written so that NaN fails.
-            assert error <= bound, (
-                f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain torch "
-                f"has {theirs:.2e} (shape {tuple(out.shape)}, {out.dtype})"
+            if out is None:
+                continue
+            assert out.shape == same.shape, (
+                f"{name}: shape {tuple(out.shape)}, want {tuple(same.shape)}"
             )
+            assert out.dtype == same.dtype, f"{name}: dtype {out.dtype}, want {same.dtype}"
+            eps = max(self.eps, torch.finfo(out.dtype).eps)
+            sum_eps = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
+            for norm, error, (theirs, spread, size) in zip(
+                ("Frobenius", "max"), norms(out - true), scales, strict=True
+            ):
+                bound = 2 * theirs + eps * spread + sum_eps * size
+                # Written so that NaN fails.
+                assert error <= bound, (
+                    f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain "
+                    f"torch has {theirs:.2e} (shape {tuple(out.shape)}, {out.dtype})"
+                )
+
+
+def assert_accurate(
+    names: Sequence[str],
+    ours: Sequence[Tensor | None],
+    fn: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error
+    plus an ulp (see Truth)."""
+    Truth(fn, inputs).check(names, ours)
 
 
 def guarded(
