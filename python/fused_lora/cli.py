@@ -220,7 +220,6 @@ def _multi_case(shape, rows, rank, dtype, device, backend, p) -> Iterator[Row]:
 
 def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
     """A row for each of of(op, *inputs), held to the reference in fp64."""
-    import torch
 
     from fused_lora.testing import Truth
 
