@@ -121,7 +121,7 @@ for stage in "${chosen[@]}"; do
         bench-training) bench bench-training fused_lora.bench.run --op lora_linear --stage training --seconds 400 ;;
         bench-decode) bench bench-decode fused_lora.bench.run --op lora_linear --stage decode --seconds 400 ;;
         bench-multi)
-            bench bench-multi fused_lora.bench.run --op multi_lora_linear --stage decode --stage training \
+            bench bench-multi fused_lora.bench.run --op multi_lora_linear --op multi_lora_add_ --stage decode --stage training \
                 --stage ranks --seconds 130
             ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;

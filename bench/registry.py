@@ -423,4 +423,131 @@ MULTI_LORA_LINEAR = Op(
         **_also(MULTI_BASELINES),
     },
 )
-OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR)}
+# multi_lora_add_: x [M, K], a packed weight [N, K] of q, k and v, their a_slots and bt_slots.
+
+
+class QkvCase(NamedTuple):
+    M: int
+    N: int  # of q, k and v together
+    K: int
+    KV: int  # of k, and of v
+    R: int = 16
+    G: int = 8
+    popularity: str = "uniform"
+    p: float = 0.0  # an inference op
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        packed = f"{self.N - 2 * self.KV}+{self.KV}+{self.KV}x{self.K}"
+        return f"M={self.M} {packed} r={self.R} {self.G} adapters, {self.popularity} {dtype}"
+
+    def widths(self) -> tuple[int, int, int]:
+        return self.N - 2 * self.KV, self.KV, self.KV
+
+    def offsets(self) -> tuple[int, int, int]:
+        return 0, self.N - 2 * self.KV, self.N - self.KV
+
+    def ids(self) -> Tensor:
+        return MultiCase(self.M, 1, 1, G=self.G, popularity=self.popularity).ids()
+
+
+def qkv_tensors(case: QkvCase, device: torch.device) -> list[Tensor]:
+    """x, the packed weight, and a_slots and bt_slots of q, of k and of v; of N(0, 1)."""
+    shapes = [(case.M, case.K), (case.N, case.K)]
+    for width in case.widths():
+        shapes += [(case.G, case.R, case.K), (case.G, case.R, width)]
+    return [torch.randn(shape, device=device, dtype=case.dtype) for shape in shapes]
+
+
+def qkv_truth(case, x, weight, *slots, keep=None):
+    y = F.linear(x, weight)
+    pairs = [*zip(slots[::2], slots[1::2], strict=True)]
+    for j, rows in _rows_by_adapter(case, x.device):
+        parts = [SCALE * (x[rows] @ a[j].t()) @ bt[j] for a, bt in pairs]
+        y = y.index_add(0, rows, torch.cat(parts, 1))
+    return y
+
+
+def qkv_flops(case: QkvCase, direction: str) -> int:
+    return 2 * case.M * (case.N * case.K + case.R * (3 * case.K + case.N))
+
+
+def qkv_bytes(case: QkvCase, direction: str) -> int:
+    present = len(case.ids().unique())
+    adapters = present * case.R * (3 * case.K + case.N)
+    elements = case.M * case.K + case.N * case.K + adapters + case.M * case.N
+    return elements * case.dtype.itemsize
+
+
+def _qkv_base(case, x, weight, *slots):
+    return lambda: F.linear(x, weight)
+
+
+def _qkv_loop(case, x, weight, *slots):
+    """For each adapter its rows through the matrices of q, of k and of v."""
+    groups = _rows_by_adapter(case, x.device)
+
+    def forward():
+        y = F.linear(x, weight)
+        for offset, a, bt in zip(case.offsets(), slots[::2], slots[1::2], strict=True):
+            part = y[:, offset : offset + bt.shape[2]]
+            for j, rows in groups:
+                h = F.linear(x[rows], a[j])
+                part.index_add_(0, rows, F.linear(h, bt[j].t()), alpha=SCALE)
+        return y
+
+    return forward
+
+
+def _qkv_ours(backend: str) -> Contender:
+    def build(case, x, weight, *slots):
+        like = {"device": x.device}
+        rank = torch.full((case.G,), case.R, dtype=torch.int32, **like)
+        scale, gate = torch.full((case.G,), SCALE, **like), torch.ones(case.G, case.R, **like)
+        pairs = zip(slots[::2], slots[1::2], strict=True)
+        banks = [reference.AdapterSlots(a, bt, rank, scale, gate) for a, bt in pairs]
+        routing = fl.AdapterRouting(case.ids().to(x.device), case.G)
+
+        def forward():
+            y = F.linear(x, weight)
+            options = {"out_offset": case.offsets(), "backend": backend}
+            return fl.multi_lora_add_(y, x, banks, routing, **options)
+
+        return forward
+
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend], True)
+
+
+def _qkv_stages() -> dict[str, Stage]:
+    # What SGLang publishes a time of, and the q, k and v of Llama-3-8B.
+    shapes = [{"N": 10240, "KV": 1024, "R": 32}, {"N": 6144, "KV": 1024}]
+    decode = [
+        QkvCase(M, K=4096, G=G, popularity=popularity, dtype=BF16, **shape)
+        for shape in shapes
+        for M, G, popularity in ((32, 8, "uniform"), (64, 64, "distinct"), (1, 8, "uniform"))
+    ]
+    small = [QkvCase(M, 768, 512, 128) for M in (16, 64)]
+    stages = {"cpu": small, "cpu-quick": small[:1], "quick": decode[:1], "decode": decode}
+    return {name: Stage(cases, directions=("forward",)) for name, cases in stages.items()}
+
+
+MULTI_LORA_ADD = Op(
+    name="multi_lora_add_",
+    stages=_qkv_stages() | {"training": Stage([], directions=("forward",))},
+    tensors=qkv_tensors,
+    truth=qkv_truth,
+    flops=qkv_flops,
+    bytes=qkv_bytes,
+    floor="linear",
+    baseline="adapter loop",
+    ours=("torch", "triton"),
+    contenders={
+        "linear": Contender(_qkv_base, torch_keep, forward_only=True),
+        "adapter loop": Contender(_qkv_loop, torch_keep, forward_only=True),
+        "adapter loop again": Contender(_qkv_loop, torch_keep, forward_only=True),
+        "torch": _qkv_ours("torch"),
+        "triton": _qkv_ours("triton"),
+    },
+)
+OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR, MULTI_LORA_ADD)}

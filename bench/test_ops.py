@@ -31,3 +31,4 @@ def test_op(op, case, benchmark, record, graphs):
     result = case_result(op, case, measured)
     benchmark.extra_info["times"] = result["times"]
     record(op, result, missing)
+    assert not measured.refused, measured.refused

@@ -17,7 +17,14 @@ from fused_lora.bench.baselines import BASELINES, MULTI_BASELINES
 from fused_lora.bench.measure import gate
 from fused_lora.bench.peers import MULTI_PEERS, PEERS, Tree, stub, stubbed
 from fused_lora.bench.registry import LORA_LINEAR as OP
-from fused_lora.bench.registry import MULTI_LORA_LINEAR, Contender, LinearCase, MultiCase
+from fused_lora.bench.registry import (
+    MULTI_LORA_ADD,
+    MULTI_LORA_LINEAR,
+    Contender,
+    LinearCase,
+    MultiCase,
+    QkvCase,
+)
 
 CPU = torch.device("cpu")
 COMPILED = [name for name in BASELINES if name.startswith("compiled")]
@@ -103,6 +110,17 @@ def test_ranks_that_differ(name, device):
     if reason := contender.unavailable(device, case):
         pytest.skip(reason)
     gate(MULTI_LORA_LINEAR, case, contender, MULTI_LORA_LINEAR.tensors(case, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["adapter loop", "torch", "triton"])
+def test_projections_of_one_x(name, dtype, device):
+    case = QkvCase(20, 72, 48, 16, R=8, G=5, dtype=dtype)
+    assert case.widths() == (40, 16, 16) and case.offsets() == (0, 40, 56)
+    contender = MULTI_LORA_ADD.contenders[name]
+    if reason := contender.unavailable(device, case):
+        pytest.skip(reason)
+    gate(MULTI_LORA_ADD, case, contender, MULTI_LORA_ADD.tensors(case, device))
 
 
 def test_a_compiled_forward_has_several_backwards():
