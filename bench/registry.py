@@ -534,7 +534,7 @@ def _qkv_stages() -> dict[str, Stage]:
 
 MULTI_LORA_ADD = Op(
     name="multi_lora_add_",
-    stages=_qkv_stages() | {"training": Stage([], directions=("forward",))},
+    stages=_qkv_stages(),
     tensors=qkv_tensors,
     truth=qkv_truth,
     flops=qkv_flops,
