@@ -401,8 +401,9 @@ def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
 def headline(report: Report) -> str:
     """Medians over the cases without dropout: how many times the floor's, and the baseline's."""
     op = report.op
-    lines = [f"| {op.name} | mode | direction | times `{op.floor}` | times {op.baseline} |"]
-    lines.append("| --- " * 5 + "|")
+    overs = {op.floor: f"`{op.floor}`", op.baseline: op.baseline}
+    header = [op.name, "mode", "direction", *(f"times {over}" for over in overs.values())]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
     for name in report.ours:
         for mode in report.modes():
             for direction in report.directions():
@@ -412,11 +413,11 @@ def headline(report: Report) -> str:
                     if row[1:] == (mode, direction) and row[0]["case"]["p"] == 0
                 ]
                 medians = []
-                for over in (op.floor, op.baseline):
+                for over in overs:
                     found = [report.ratio(*row, name, over) for row in rows]
                     known = [ratio for ratio in found if ratio is not None]
                     medians.append(f"{statistics.median(known):.2f}" if known else "-")
-                if medians != ["-", "-"]:
+                if set(medians) != {"-"}:
                     lines.append(f"| {name} | {mode} | {direction} | {' | '.join(medians)} |")
     return "\n".join(lines)
 
