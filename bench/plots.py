@@ -30,6 +30,13 @@ def shape(case: dict) -> tuple[int, int]:
     return case["case"]["N"], case["case"]["K"]
 
 
+def tick(case: dict) -> str:
+    """The rows, and of many adapters how many and who asks for whom."""
+    if "popularity" not in case:
+        return str(case["M"])
+    return f"{case['M']}, {case['G']} {case['popularity']}"
+
+
 def plot_ratios(axes, report, cases: list[dict], mode: str, direction: str) -> None:
     """A group of places for each shape, in it one for each number of rows."""
     op, places = report.op, {}
@@ -56,8 +63,8 @@ def plot_ratios(axes, report, cases: list[dict], mode: str, direction: str) -> N
     if axes.get_ylim()[1] > 3:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
-    rows = [str(case["case"]["M"]) for case in cases]
-    axes.set_xticks(list(places.values()), rows, fontsize=7, rotation=60)
+    ticks = [tick(case["case"]) for case in cases]
+    axes.set_xticks(list(places.values()), ticks, fontsize=7, rotation=60)
     axes.set_title(f"{direction}, {mode}", pad=18)
     axes.set(xlabel="rows M", ylabel=f"time over that of {op.floor}")
 
