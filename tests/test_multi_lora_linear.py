@@ -179,6 +179,24 @@ def test_adapters_with_few_rows_are_multiplied_together(rows, batched, p):
     check(tensors, ids, "torch", dropout_p=p, seed=5)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU no product is chosen by what is in a batch")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("rank", [4, 6])
+def test_one_batch_of_all_rows(rank, each, p):
+    """Every adapter of a bank with as many rows: nothing is padded, and where 6 is the widest rank
+    columns past a rank of 4 are zero."""
+    tensors = list(make(9 * each, 12, 9, (6,) * 9))
+    tensors[6] = torch.full((9,), rank, dtype=torch.int32)
+    ids = torch.arange(9).repeat_interleave(each)[torch.randperm(9 * each)]
+    slots = module.Slots(*slots_of(tensors), torch.arange(9, dtype=torch.int32))
+    order = module._Sorted.of(slots, fl.AdapterRouting(ids, 9))
+    assert order.one_batch(tensors[0])
+    h = order.shrunk(order.take(tensors[0]), tensors[3])
+    assert h.shape == (9 * each, 6) and bool((h[:, rank:] == 0).all())
+    check(tensors, ids, "torch", dropout_p=p, seed=5)
+
+
 @backends
 @pytest.mark.parametrize("lead", [(2, 3), (2, 0), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("given", ["token", "sequence"])

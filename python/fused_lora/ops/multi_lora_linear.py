@@ -155,6 +155,7 @@ class _Batched(NamedTuple):
     height: int
     rows: Tensor  # int64: which of the sorted rows these are
     places: Tensor  # int64: where each lies among the padded ones
+    begin: int | None  # where they are so many adjacent rows as there are places, in their order
 
     @classmethod
     def of(cls, few: list[_Segment]) -> "_Batched":
@@ -165,16 +166,23 @@ class _Batched(NamedTuple):
         for slot, _, begin, end in few:
             rows += range(begin, end)
             places += range((slot - first) * height, (slot - first) * height + end - begin)
-        return cls(first, last, few[0].rank, height, torch.tensor(rows), torch.tensor(places))
+        n = (last - first) * height
+        adjacent = rows == [*range(rows[0], rows[0] + n)] and places == [*range(n)]
+        made = torch.tensor(rows), torch.tensor(places), rows[0] if adjacent else None
+        return cls(first, last, few[0].rank, height, *made)
 
     def product(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
         """alpha * each of `rows` of t [..., D] times its own slot of slots [P, D, C]."""
-        padded = t.new_zeros((self.last - self.first) * self.height, t.shape[1])
-        padded.index_copy_(0, self.places, t.index_select(0, self.rows))
-        padded = padded.view(-1, self.height, t.shape[1])
+        n = (self.last - self.first) * self.height
+        if self.begin is not None:
+            padded = t[self.begin : self.begin + n]
+        else:
+            padded = t.new_zeros(n, t.shape[1])
+            padded.index_copy_(0, self.places, t.index_select(0, self.rows))
+        padded = padded.reshape(-1, self.height, t.shape[1])
         # beta = 0: what is added is not read.
-        out = torch.baddbmm(t.new_empty(()), padded, slots, beta=0, alpha=alpha)
-        return out.flatten(0, 1).index_select(0, self.places)
+        out = torch.baddbmm(t.new_empty(()), padded, slots, beta=0, alpha=alpha).flatten(0, 1)
+        return out if self.begin is not None else out.index_select(0, self.places)
 
     def shrunk(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
         own = slots[self.first : self.last, : self.rank].transpose(1, 2)
@@ -225,9 +233,19 @@ class _Sorted(NamedTuple):
             return t
         return t.new_zeros(M, t.shape[1]).index_copy_(0, self.rows, t)
 
+    def one_batch(self, t: Tensor) -> bool:
+        """Whether the sorted rows, all of them, are the rows of one batch in its order."""
+        if len(self.batches) != 1:
+            return False
+        (few,) = self.batches
+        return few.begin == 0 and len(few.rows) == t.shape[0]
+
     def shrunk(self, t: Tensor, slots: Tensor, alpha: float = 1.0) -> Tensor:
         """alpha * each sorted row [C] times its own slot [r, C] transposed: [rows, R], zero past
         the rank."""
+        if self.one_batch(t):
+            (few,) = self.batches
+            return F.pad(few.shrunk(t, slots, alpha), (0, slots.shape[1] - few.rank))
         out = t.new_zeros(t.shape[0], slots.shape[1])
         for few in self.batches:
             out[few.rows, : few.rank] = few.shrunk(t, slots, alpha)
@@ -237,6 +255,8 @@ class _Sorted(NamedTuple):
 
     def expanded(self, t: Tensor, slots: Tensor) -> Tensor:
         """Each sorted row [R] times its own slot [r, C]: [rows, C]."""
+        if self.one_batch(t):
+            return self.batches[0].expanded(t, slots)
         out = t.new_zeros(t.shape[0], slots.shape[2])
         for few in self.batches:
             out.index_copy_(0, few.rows, few.expanded(t, slots))
@@ -523,9 +543,36 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         return tuple(g if need else None for g, need in zip(full, wanted, strict=True))
 
 
+def _usual_slots(bank, x: Tensor, N: int | None) -> Slots | None:
+    """The tensors of a bank for which every check of _slots_of passes; None: it shall look."""
+    found: list = [getattr(bank, name, None) for name in (*_FIELDS, "table")]
+    if found[5] is None and isinstance(found[2], Tensor):
+        found[5] = torch.arange(len(found[2]), dtype=torch.int32, device=found[2].device)
+    if not check.all_plain(*found):
+        return None
+    a, bt, rank, scale, gate, table = slots = Slots(*found)
+    if not (a.ndim == bt.ndim == 3 and table.ndim == 1):
+        return None
+    (P, R, K), device, dtypes = a.shape, x.device, (x.dtype, torch.float32)
+    good = (
+        (K == x.shape[-1] and bt.shape == (P, R, bt.shape[2] if N is None else N))
+        and (rank.shape == scale.shape == (P,) and gate.shape == (P, R) and gate.is_contiguous())
+        and (rank.dtype is torch.int32 and table.dtype is torch.int32)
+        and (scale.dtype is torch.float32 and gate.dtype is torch.float32)
+        and (a.dtype in dtypes and bt.dtype in dtypes and x.dtype in check.DTYPES)
+        and all(t.device == device for t in slots)
+    )
+    return slots if good else None
+
+
+_FIELDS = "a_slots", "bt_slots", "rank", "scale", "gate"
+
+
 def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
     """The tensors of a bank, checked against x [..., K] and the output width N."""
-    fields = "a_slots", "bt_slots", "rank", "scale", "gate"
+    if (usual := _usual_slots(bank, x, N)) is not None:
+        return usual
+    fields = _FIELDS
     if not all(isinstance(getattr(bank, name, None), Tensor) for name in fields):
         raise TypeError(
             f"{op}: bank must be an AdapterBank or have the tensors {', '.join(fields)}, got "
