@@ -124,6 +124,18 @@ def test_mixed_batches_see_weights_that_were_changed_in_place():
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
+def test_a_mixed_batch_in_inference_mode_and_then_with_gradients():
+    model = model_of(config(), config(r=5)).eval()
+    fl.accelerate(model)
+    ids, names = tokens(2), ["a1", "a0"]
+    with torch.inference_mode():
+        want = model(input_ids=ids, adapter_names=names).logits.clone()
+    logits = model(input_ids=ids, adapter_names=names).logits
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
+    logits.square().mean().backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
 def test_generation_of_a_mixed_batch():
     model, ids = model_of(config(), config(r=5)).eval(), tokens(3, 4)
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}

@@ -134,12 +134,21 @@ def _fused(layer, x: Tensor, names: list[str]) -> Tensor:
     )
 
 
+# What is kept must not be an inference tensor: a later call may want gradients.
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _routing(names: tuple[str, ...], device: torch.device) -> tuple[list[str], AdapterRouting]:
     """(the adapters in the order of their ids, the routing), the same for every layer."""
     known = sorted({name for name in names if name != BASE})
     ids = torch.tensor([known.index(name) if name != BASE else -1 for name in names])
     return known, AdapterRouting(ids.to(device), max(1, len(known)))
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy to a GPU waits for the host: the same values are copied once."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -161,11 +170,15 @@ def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
             bt_slots[i, :rank] = layer.lora_B[name].weight.t()
     like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     scales = [0.0 if name is None else layer.scaling[name] for name in present]
+    if any(isinstance(scale, Tensor) for scale in scales):  # for PEFT's hot swap
+        scale = torch.stack([torch.as_tensor(scale, **like) for scale in scales])
+    else:
+        scale = _constant(tuple(scales), torch.float32, x.device)
     slots = AdapterSlots(
         a_slots,
         bt_slots,
-        torch.tensor(ranks, dtype=torch.int32, device=x.device),
-        torch.stack([torch.as_tensor(scale, **like) for scale in scales]),
+        _constant(tuple(ranks), torch.int32, x.device),
+        scale,
         torch.ones(len(present), R, **like),
     )
     return multi_lora_linear(x, base.weight, slots, routing, base.bias)

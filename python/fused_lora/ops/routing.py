@@ -80,15 +80,18 @@ class AdapterRouting:
                 f"adapter_ids must have the leading shape of x, {list(lead)} or the first of its "
                 f"dimensions, got {list(self.shape)}"
             )
-        kept = not torch.compiler.is_compiling()  # what a trace makes must not outlive it
-        if not kept or lead not in self._wide:
-            wide = object.__new__(AdapterRouting)
-            wide.num_slots, wide.shape, wide._wide = self.num_slots, lead, {}
-            wide.ids, wide.order, wide.offsets = self._widened(lead)
-            if not kept:
-                return wide
-            self._wide[lead] = wide
+        if torch.compiler.is_compiling():  # what a trace makes must not outlive it
+            return self._repeated(lead)
+        if lead not in self._wide:
+            with torch.inference_mode(False):  # what is kept may meet a call with gradients
+                self._wide[lead] = self._repeated(lead)
         return self._wide[lead]
+
+    def _repeated(self, lead: torch.Size) -> "AdapterRouting":
+        wide = object.__new__(AdapterRouting)
+        wide.num_slots, wide.shape, wide._wide = self.num_slots, lead, {}
+        wide.ids, wide.order, wide.offsets = self._widened(lead)
+        return wide
 
     def _widened(self, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         repeats = math.prod(lead[len(self.shape) :])
