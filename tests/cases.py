@@ -2,7 +2,7 @@
 
 import torch
 from conftest import DEVICE
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 from hypothesis import strategies as st
 
 from fused_lora.testing import LAYOUTS
@@ -18,6 +18,18 @@ ranks = st.sampled_from(RANKS)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(-(2**63), 2**63 - 1)
+
+
+class TorchRandom:
+    """torch's generator, for hypothesis to seed, so that a failing case fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+register_random(TORCH_RANDOM)
 
 
 def fuzz(examples: int):

@@ -1,7 +1,7 @@
 """What the tests, and `fused-lora verify`, measure correctness with.
 
 The tolerance comes from the data: against an fp64 truth, an implementation may err twice as much as
-plain PyTorch does in the same dtype, plus one unit in the last place.
+plain PyTorch does in the same dtype, plus a few units in the last place.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,13 +33,15 @@ class Truth:
 
     For each output, in the Frobenius and in the largest-element norm:
 
-        |ours - truth| <= 2 |fn - truth| + eps * spread + eps(fp32) * size
+        |ours - truth| <= 2 (|fn - truth| + eps * spread) + eps * |truth| + eps(fp32) * size + tiny
 
-    where eps is that of the coarsest dtype among ours and the inputs.
+    where eps and the smallest subnormal, tiny, are those of the coarsest dtype among ours and the
+    inputs.
 
     Every output is a sum of products of inputs. spread = sqrt(fn(inputs^2)), what one rounding of
-    every term comes to, and size = fn(|inputs|), the scale of a sum's backward error, are ulps that
-    cancellation does not shrink.
+    every term comes to (a term has two rounded factors), and size = fn(|inputs|), the scale of a
+    sum's backward error, are ulps that cancellation does not shrink. The ulp of the truth is for a
+    rounded intermediate that all terms share.
     """
 
     def __init__(self, fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None]):
@@ -48,10 +50,11 @@ class Truth:
         self.true = fn(*double)
         size = fn(*converted(double, torch.abs))
         squares = fn(*converted(double, torch.square))
-        self.eps = max(torch.finfo(t.dtype).eps for t in inputs if t is not None)
-        # For each output, and of it for each norm: plain torch's error, spread and size.
+        dtypes = {t.dtype for t in inputs if t is not None}
+        self.coarsest = max(map(torch.finfo, dtypes), key=lambda f: f.eps)
+        # For each output, and of it for each norm: plain torch's error, truth, spread and size.
         self.scales = [
-            tuple(zip(norms(same - true), norms(square.sqrt()), norms(terms), strict=True))
+            tuple(zip(*map(norms, (same - true, true, square.sqrt(), terms)), strict=True))
             for same, true, square, terms in zip(self.plain, self.true, squares, size, strict=True)
         ]
 
@@ -69,12 +72,13 @@ class Truth:
                 f"{name}: shape {tuple(out.shape)}, want {tuple(same.shape)}"
             )
             assert out.dtype == same.dtype, f"{name}: dtype {out.dtype}, want {same.dtype}"
-            eps = max(self.eps, torch.finfo(out.dtype).eps)
+            coarsest = max(self.coarsest, torch.finfo(out.dtype), key=lambda f: f.eps)
+            eps, tiny = coarsest.eps, coarsest.smallest_normal * coarsest.eps
             sum_eps = torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
-            for norm, error, (theirs, spread, size) in zip(
+            for norm, error, (theirs, value, spread, size) in zip(
                 ("Frobenius", "max"), norms(out - true), scales, strict=True
             ):
-                bound = 2 * theirs + eps * spread + sum_eps * size
+                bound = 2 * (theirs + eps * spread) + eps * value + sum_eps * size + tiny
                 # Written so that NaN fails.
                 assert error <= bound, (
                     f"{name}: {norm} error {error:.2e} against fp64, above {bound:.2e}; plain "
@@ -89,7 +93,7 @@ def assert_accurate(
     inputs: Sequence[Tensor | None],
 ) -> None:
     """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error
-    plus an ulp (see Truth)."""
+    plus a few ulps (see Truth)."""
     Truth(fn, inputs).check(names, ours)
 
 
