@@ -1,19 +1,13 @@
 // fused_lora::soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> (), which ops/soft_threshold.py
 // declares.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "common/check.h"
-#include "common/stream.h"
 #include "soft_threshold.cuh"
+
+#include "common/tensor.h"
 
 namespace fused_lora::soft_threshold {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Gates = std::vector<Tensor>;
+using Gates = Tensors;
 
 constexpr char kOp[] = "soft_threshold_";
 
@@ -52,30 +46,18 @@ void threshold_all(const Gates& gates, double xi, Launch launch) {
 void soft_threshold_cuda(Gates gates, double xi) {
   if (gates.empty()) return;
   check_gates(gates);
-  const int32_t device = gates[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
-  threshold_all(gates, xi, [stream](const auto& params) { return launch(params, stream); });
-}
-
-void soft_threshold_host(Gates gates, double xi) {
-  check_gates(gates);
-  threshold_all(gates, xi, [](const auto& params) { return launch_on_host(params); });
+  const OnDevice on(gates[0].get_device_index());
+  threshold_all(gates, xi, [&on](const auto& params) {
+    using Params = std::decay_t<decltype(params)>;
+    return launch(soft_threshold_kernel<typename Params::Scalar>, dim3(unsigned(params.count)),
+                  kThreads, 0, params, on.stream);
+  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_lora, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fused_lora, FUSED_LORA_DEVICE, m) {
   m.impl("soft_threshold_cuda_", TORCH_BOX(&soft_threshold_cuda));
-}
-
-// For the tests only.
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_lora, m) {
-  m.def("_soft_threshold_host_(Tensor(a!)[] gates, float xi) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_lora, CPU, m) {
-  m.impl("_soft_threshold_host_", TORCH_BOX(&soft_threshold_host));
 }
 
 }  // namespace fused_lora::soft_threshold

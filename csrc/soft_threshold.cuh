@@ -8,14 +8,10 @@
 // own table.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <type_traits>
 #include <vector>
+
+#include "common/device.cuh"
 
 namespace fused_lora::soft_threshold {
 
@@ -31,6 +27,7 @@ struct Span {
 
 template <typename scalar_t>
 struct Params {
+  using Scalar = scalar_t;
   using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
   Span<scalar_t> chunks[kMaxChunks];
@@ -45,37 +42,15 @@ __host__ __device__ inline acc_t threshold(acc_t v, acc_t xi) {
   return v > xi ? v - xi : v < -xi ? v + xi : v - v;
 }
 
-// What one thread does: block b owns chunk b, and its threads stride through it.
-template <typename scalar_t>
-__host__ __device__ inline void threshold_chunk(const Params<scalar_t>& params, int block,
-                                                int thread) {
-  using acc_t = typename Params<scalar_t>::acc_t;
-  const Span<scalar_t> chunk = params.chunks[block];
-  for (int64_t i = thread; i < chunk.size; i += kThreads) {
-    chunk.data[i] = scalar_t(threshold(acc_t(chunk.data[i]), params.xi));
-  }
-}
-
+// Block b owns chunk b, and its threads stride through it.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     soft_threshold_kernel(const __grid_constant__ Params<scalar_t> params) {
-  threshold_chunk(params, blockIdx.x, threadIdx.x);
-}
-
-template <typename scalar_t>
-cudaError_t launch(const Params<scalar_t>& params, cudaStream_t stream) {
-  soft_threshold_kernel<<<params.count, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-// The kernel's own threads, one after the other on the CPU, so that a test without a GPU sees the
-// index arithmetic.
-template <typename scalar_t>
-cudaError_t launch_on_host(const Params<scalar_t>& params) {
-  for (int block = 0; block < params.count; ++block) {
-    for (int thread = 0; thread < kThreads; ++thread) threshold_chunk(params, block, thread);
+  using acc_t = typename Params<scalar_t>::acc_t;
+  const Span<scalar_t> chunk = params.chunks[block_id().x];
+  for (int64_t i = thread_id(); i < chunk.size; i += kThreads) {
+    chunk.data[i] = scalar_t(threshold(acc_t(chunk.data[i]), params.xi));
   }
-  return cudaSuccess;
 }
 
 // Cuts the gates into chunks and calls launch(params) once per full table and once for the rest.

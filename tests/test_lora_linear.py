@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_lora as fl
 from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cuda")
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gate")
 SCALE = 1.3
 backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,7 @@ from fused_lora.ops import multi_lora_linear as module
 from fused_lora.reference import AdapterSlots
 from fused_lora.testing import assert_accurate, guarded, saved_bytes
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cuda")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 RAGGED = (1, 3, 8, 16, 17, 64, 128)
 NAMES = ("x", "weight", "bias", "a_slots", "bt_slots", "gate")

@@ -1,19 +1,29 @@
 """The compiled extension fused_lora._C, whose CUDA C++ kernels register themselves as it loads.
 
-It is optional, and nothing loads it before an op wants it.
+It is optional, and nothing loads it before an op wants it. FUSED_LORA_EMULATED names a library of
+the same sources that runs their kernels on the CPU (tests/emulator); it is loaded instead.
 """
 
 import functools
 import importlib
+import os
 
-import torch  # noqa: F401  its libraries must be in the process before those of the extension
+import torch  # its libraries must be in the process before those of the extension
 
 _BUILD = "FUSED_LORA_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps"
+
+
+def emulates() -> bool:
+    """Whether the kernels run on the CPU."""
+    return bool(os.environ.get("FUSED_LORA_EMULATED"))
 
 
 @functools.cache
 def why_missing() -> str | None:
     """None where the extension is loaded or loads now, else why not, and the command that helps."""
+    if emulates():
+        torch.ops.load_library(os.environ["FUSED_LORA_EMULATED"])
+        return None
     try:
         importlib.import_module("fused_lora._C")
     except ModuleNotFoundError:

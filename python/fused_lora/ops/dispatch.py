@@ -1,7 +1,7 @@
 """Which backend runs an op, and why the others do not.
 
 "torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda"
-needs the compiled extension. Nothing falls back: a backend that was asked for runs or raises the
+needs that and the compiled extension. Nothing falls back: a backend that was asked for runs or raises the
 reason.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fused_lora import _extension
 
 BACKENDS = ("cuda", "triton", "torch")
 
@@ -107,9 +109,33 @@ def never_refuses(x: torch.Tensor) -> str | None:
     return None
 
 
-def no_cuda_kernel(op: str) -> Callable[[torch.Tensor], str]:
-    """The refusal of an op that csrc/ does not have."""
-    return lambda x: f"{op} has no CUDA C++ kernel; use backend='triton' or 'torch'"
+def cuda_refuses(x: torch.Tensor) -> str | None:
+    """None where the CUDA C++ kernels can run on x, else the sentence why not."""
+    if (missing := _extension.why_missing()) is not None:
+        return missing
+    if x.dtype == torch.float64:
+        return "the CUDA kernels accumulate in fp32 and take no float64; backend='torch' does"
+    if _extension.emulates():
+        if x.device.type == "cpu":
+            return None
+        return "FUSED_LORA_EMULATED is set, which runs kernels on the CPU; unset it and start again"
+    if not x.is_cuda:
+        return f"x is on {x.device}; the CUDA kernels run on CUDA devices"
+    major, minor = _capability(x.device.index)
+    if major < 8:
+        return f"{x.device} has compute capability {major}.{minor}; the CUDA kernels need 8.0"
+    return None
+
+
+def kernels(backend: str):
+    """The launchers of "cuda" or "triton", which have the same names and arguments."""
+    if backend == "cuda":
+        from fused_lora import cuda_kernels
+
+        return cuda_kernels
+    from fused_lora.triton_kernels import primitives
+
+    return primitives
 
 
 def require(op: str, backend: str, refusals: dict[str, Callable[[torch.Tensor], str | None]], x):
@@ -120,15 +146,13 @@ def require(op: str, backend: str, refusals: dict[str, Callable[[torch.Tensor], 
 
 def backends() -> dict[str, str | None]:
     """{backend: None if it can run on this machine, else the sentence why not}, chosen first."""
-    from fused_lora import _extension
-
     reasons: dict[str, str | None] = {"torch": None}
     if torch.cuda.is_available():
         reasons["triton"] = triton_refuses(torch.empty(0, device="cuda"))
     else:
         reasons["triton"] = triton_refuses(torch.empty(0))
     reasons["cuda"] = _extension.why_missing()
-    if reasons["cuda"] is None and not torch.cuda.is_available():
+    if reasons["cuda"] is None and not (torch.cuda.is_available() or _extension.emulates()):
         reasons["cuda"] = "torch sees no CUDA device"
     chosen = choose(None)
     return {name: reasons[name] for name in sorted(BACKENDS, key=lambda b: b != chosen)}

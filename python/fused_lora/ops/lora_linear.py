@@ -6,6 +6,7 @@ With h = drop(x) A^T, D = mask / (1 - p) and dh = scale * (dy B) * g:
     dB = scale * P diag(g)       dg_r = scale * sum_n B_nr P_nr
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 
 REFUSALS = {
-    "cuda": dispatch.no_cuda_kernel("lora_linear"),
+    "cuda": dispatch.cuda_refuses,
     "triton": dispatch.triton_refuses,
     "torch": dispatch.never_refuses,
 }
@@ -68,7 +69,7 @@ def _adapters(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
     dispatch.require("lora_linear", backend, REFUSALS, x)
     a, b = _adapters(lora_a, lora_b, x.dtype)
-    forward = forward_triton if backend == "triton" else forward_torch
+    forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
     y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h)
     if x.ndim != 2:
         y = y.view(*x.shape[:-1], weight.shape[0])
@@ -78,7 +79,9 @@ def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save
 def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
     dispatch.require("lora_linear", backend, REFUSALS, x)
     a, b = _adapters(lora_a, lora_b, x.dtype)
-    backward = backward_triton if backend == "triton" else backward_torch
+    backward = (
+        backward_torch if backend == "torch" else functools.partial(backward_kernels, backend)
+    )
     need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
     dtypes = lora_a.dtype, lora_b.dtype
     skinny = need_dx, need_da, need_db, need_dgate
@@ -159,45 +162,43 @@ def _dropout_args(seed, dropout_p):
     return seed, reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 
-def forward_triton(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
-    from fused_lora.triton_kernels.segment_gemm import segment_gemm
-    from fused_lora.triton_kernels.shrink import shrink
-
+def forward_kernels(backend, x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+    kernels = dispatch.kernels(backend)
+    if backend == "cuda" and seed is None and not save_h and kernels.decodes(len(x), x.dtype):
+        return kernels.decode(x, weight, a, b, bias, scale=scale, gate=gate), None
     drop = _dropout_args(seed, dropout_p)
-    t, h = shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
-    return segment_gemm([(x, weight), (t, b)], bias=bias), h
+    t, h = kernels.shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
+    return kernels.segment_gemm([(x, weight), (t, b)], bias=bias), h
 
 
-def backward_triton(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes):
-    from fused_lora.triton_kernels.dropout import dropout_bits
-    from fused_lora.triton_kernels.row_reduce import row_reduce_dy, row_reduce_x
-    from fused_lora.triton_kernels.segment_gemm import segment_gemm
-    from fused_lora.triton_kernels.shrink import shrink
-
+def backward_kernels(
+    backend, dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes
+):
+    kernels = dispatch.kernels(backend)
     need_dx, need_da, need_db, need_dgate = needs
     dx = da = db = dgate = dh = bits = None
     drop = _dropout_args(seed, dropout_p)
     if need_db or need_dgate:
-        dh, db, dgate = row_reduce_dy(
+        dh, db, dgate = kernels.row_reduce_dy(
             dy, b, h, scale=scale, gate=gate, need_dh=need_dx or need_da, need_dgate=need_dgate,
             db_dtype=adapter_dtypes[1],
         )  # fmt: skip
     elif need_dx or need_da:
-        dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)
+        dh, _ = kernels.shrink(dy, b.t(), scale=scale, gate=gate)
     if need_da:
         if drop and need_dx:
             bits = torch.empty(
                 x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device
             )
-        da = row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=adapter_dtypes[0])
+        da = kernels.row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=adapter_dtypes[0])
     elif drop and need_dx:
-        bits = dropout_bits(seed, *x.shape, drop[1])
+        bits = kernels.dropout_bits(seed, *x.shape, drop[1])
     if need_dx:
         base, lora = (dy, weight.t()), (dh, a.t())
         if drop:
-            dx = segment_gemm([lora, base], mask=(bits, drop[2], 1))
+            dx = kernels.segment_gemm([lora, base], mask=(bits, drop[2], 1))
         else:
-            dx = segment_gemm([base, lora])
+            dx = kernels.segment_gemm([base, lora])
     return dx, da, db if need_db else None, dgate
 
 

@@ -5,6 +5,7 @@ adapter j alone.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from fused_lora.ops.lora_linear import _dropout_args, _masked, _rows, _scaled_mm
 from fused_lora.ops.routing import AdapterRouting
 
 REFUSALS = {
-    "cuda": dispatch.no_cuda_kernel("multi_lora_linear"),
+    "cuda": dispatch.cuda_refuses,
     "triton": dispatch.triton_refuses,
     "torch": dispatch.never_refuses,
 }
@@ -93,7 +94,7 @@ def _cast(slots: Slots, dtype: torch.dtype) -> Slots:
 
 def _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend):
     dispatch.require("multi_lora_linear", backend, REFUSALS, x)
-    forward = forward_triton if backend == "triton" else forward_torch
+    forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
     slots = _cast(slots, x.dtype)
     y, h = forward(_rows(x), weight, slots, route, bias, seed, dropout_p, save_h)
     return y.view(*x.shape[:-1], weight.shape[0]), h
@@ -101,7 +102,9 @@ def _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend):
 
 def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):
     dispatch.require("multi_lora_linear", backend, REFUSALS, x)
-    backward = backward_triton if backend == "triton" else backward_torch
+    backward = (
+        backward_torch if backend == "torch" else functools.partial(backward_kernels, backend)
+    )
     need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
     dy, rows = _rows(dy), _rows(x)
     skinny = need_dx, need_da, need_db, need_dgate
@@ -378,47 +381,36 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
     return dx, da, dbt, dgate
 
 
-def forward_triton(x, weight, slots, route, bias, seed, dropout_p, save_h):
-    from fused_lora.triton_kernels import configs
-    from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
-    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_gemm
-    from fused_lora.triton_kernels.multi_shrink import multi_shrink, sum_rows
-
-    if seed is None and configs.row_by_row(x.shape[0], slots.table.shape[0]):
-        planes = multi_gemv_shrink(x, [slots], [slots.a_slots], route)
-        y = F.linear(x, weight, bias)
-        multi_gemv_add_([y], planes, [slots.bt_slots], [slots], route)
-        if not save_h:
-            return y, None
-        h = x.new_zeros(x.shape[0], planes[0].shape[2])
-        sum_rows(planes[0], slots, route, h=h)
-        return y, h
+def forward_kernels(backend, x, weight, slots, route, bias, seed, dropout_p, save_h):
+    kernels = dispatch.kernels(backend)
+    if seed is None:
+        decoded = kernels.multi_decode(x, weight, slots, route, bias, save_h=save_h)
+        if decoded is not None:
+            return decoded
     drop = _dropout_args(seed, dropout_p)
-    t, h = multi_shrink(x, slots, slots.a_slots, route, dropout=drop, save_h=save_h)
-    return multi_segment_gemm(x, weight, t, slots.bt_slots, slots, route, bias=bias), h
+    t, h = kernels.multi_shrink(x, slots, slots.a_slots, route, dropout=drop, save_h=save_h)
+    return kernels.multi_segment_gemm(x, weight, t, slots.bt_slots, slots, route, bias=bias), h
 
 
-def backward_triton(dy, x, weight, slots, route, h, seed, dropout_p, needs):
-    from fused_lora.triton_kernels.dropout import dropout_bits
-    from fused_lora.triton_kernels.multi_row_reduce import multi_row_reduce
-    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_gemm
-    from fused_lora.triton_kernels.multi_shrink import multi_shrink
-
+def backward_kernels(backend, dy, x, weight, slots, route, h, seed, dropout_p, needs):
+    kernels = dispatch.kernels(backend)
     need_dx, need_da, need_db, need_dgate = needs
     dx = da = dbt = dgate = None
     drop = _dropout_args(seed, dropout_p)
     if need_dx or need_da:
-        dh, _ = multi_shrink(dy, slots, slots.bt_slots, route)
+        dh, _ = kernels.multi_shrink(dy, slots, slots.bt_slots, route)
     if need_da:
         da = torch.zeros_like(slots.a_slots, memory_format=torch.contiguous_format)
-        multi_row_reduce(x, dh, slots, route, da, dropout=drop)
+        kernels.multi_row_reduce(x, dh, slots, route, da, dropout=drop)
     if need_db or need_dgate:
         dbt = torch.zeros_like(slots.bt_slots, memory_format=torch.contiguous_format)
         w = slots.bt_slots if need_dgate else None
-        dgate = multi_row_reduce(dy, h, slots, route, dbt, scaled=True, w=w)
+        dgate = kernels.multi_row_reduce(dy, h, slots, route, dbt, scaled=True, w=w)
     if need_dx:
-        mask = drop and (dropout_bits(seed, *x.shape, drop[1]), drop[2])
-        dx = multi_segment_gemm(dy, weight.t(), dh, slots.a_slots, slots, route, mask=mask)
+        mask = drop and (kernels.dropout_bits(seed, *x.shape, drop[1]), drop[2])
+        dx = kernels.multi_segment_gemm(
+            dy, weight.t(), dh, slots.a_slots, slots, route, mask=mask
+        )
     return dx, da, dbt if need_db else None, dgate
 
 
@@ -430,8 +422,8 @@ def _add(y, x, slots, route, out_offsets, backend):
         whole[:, offset : offset + own.bt_slots.shape[2]]
         for offset, own in zip(out_offsets, slots, strict=True)
     ]
-    if backend == "triton":
-        _add_triton(parts, rows, slots, route)
+    if backend != "torch":
+        dispatch.kernels(backend).multi_add_(parts, rows, slots, route)
         return
     for part, own in zip(parts, slots, strict=True):
         if _on_host(x):
@@ -443,22 +435,6 @@ def _add(y, x, slots, route, out_offsets, backend):
             h = every.pick(rows @ own.a_slots.flatten(0, 1).t())
             t = every.spread((h * every.factor).to(x.dtype))
             part.addmm_(t, own.bt_slots.flatten(0, 1))
-
-
-def _add_triton(parts, x, slots, route):
-    from fused_lora.triton_kernels import configs
-    from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
-    from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_
-    from fused_lora.triton_kernels.multi_shrink import multi_shrink_group
-
-    a_slots, bt_slots = [own.a_slots for own in slots], [own.bt_slots for own in slots]
-    if configs.row_by_row(x.shape[0], slots[0].table.shape[0]):
-        planes = multi_gemv_shrink(x, slots, a_slots, route)
-        multi_gemv_add_(parts, planes, bt_slots, slots, route)
-    else:
-        ts, _ = multi_shrink_group(x, slots, a_slots, route)
-        for part, t, bt, own in zip(parts, ts, bt_slots, slots, strict=True):
-            multi_segment_add_(part, t, bt, own, route)
 
 
 def _op_forward(x, weight, *rest):

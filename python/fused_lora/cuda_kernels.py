@@ -1,0 +1,362 @@
+"""Launchers of the CUDA C++ kernels of csrc/: tensors in, tensors out, as those of triton_kernels.
+
+csrc/ implements the ops that are declared here. They allocate nothing: every output and every
+workspace is a tensor of torch's allocator, and so belongs to a CUDA graph that is being captured.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fused_lora import _extension
+
+# many: table, rank, scale, ids, order and offsets of the rows' adapters, or nothing for one.
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_library.define(
+    "shrink_cuda(Tensor x, Tensor a, Tensor? gate, Tensor[] many, Tensor? seed, float scale, "
+    "float keep_scale, int threshold, int tiles, int span, Tensor(a!)? h, Tensor(b!)? t, "
+    "Tensor(c!)? planes) -> ()"
+)
+_library.define(
+    "segment_gemm_cuda(Tensor[] lefts, Tensor[] rights, int gathered, Tensor[] many, "
+    "Tensor? bias, Tensor? bits, int masked, float keep_scale, Tensor(a!) y, bool add, "
+    "int block_m) -> ()"
+)
+_library.define(
+    "row_reduce_cuda(Tensor z, Tensor v, Tensor? w, Tensor[] many, Tensor? seed, int threshold, "
+    "Tensor(a!)? bits, int rows, Tensor(b!) planes, Tensor(c!)? u) -> ()"
+)
+_library.define(
+    "sum_rows_cuda(Tensor planes, Tensor? gate, Tensor[] many, float scale, Tensor(a!)? h, "
+    "Tensor(b!)? t) -> ()"
+)
+_library.define(
+    "sum_columns_cuda(Tensor planes, int M, int rows, Tensor? gate, Tensor[] many, float scale, "
+    "float plain_scale, bool scaled, Tensor? w, Tensor(a!) out, Tensor(b!)? dot) -> ()"
+)
+_library.define("dropout_bits_cuda(Tensor seed, int threshold, Tensor(a!) bits) -> ()")
+_library.define(
+    "decode_shrink_cuda(Tensor x, Tensor a, Tensor[] many, int span, Tensor(a!) planes) -> ()"
+)
+_library.define(
+    "decode_cuda(Tensor x, Tensor? weight, Tensor v, Tensor? gate, Tensor[] many, float scale, "
+    "Tensor planes, Tensor? bias, Tensor(a!) y, int span, Tensor(b!)? parts, "
+    "Tensor(c!)? counters) -> ()"
+)
+_extension.load()
+_ops = torch.ops.fused_lora
+
+# The sizes that csrc/ is compiled with.
+BLOCK_M = 64  # rows of a tile of shrink
+BLOCK_C = 128  # columns of a block of row_reduce, and of sum_columns
+BLOCK_N = 32  # columns of a block of decode
+TILES = (128, 128), (64, 64), (16, 64)  # of segment_gemm; float32 has not the first
+MAX_SEGMENTS = 8
+DECODE_ROWS = 64
+
+# Predictions, to be replaced by what a GPU measures.
+BLOCKS_PER_SM = 2
+MULTI_ROWS = 512  # rows of an adapter in a block of row_reduce
+LARGEST_R_OF_U = 16  # above it the planes of u cost more than a second read of dy
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # of the emulated device
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block_k(dtype: torch.dtype) -> int:
+    return 128 // dtype.itemsize
+
+
+def _many(slots, routing) -> list[Tensor]:
+    return [slots.table, slots.rank, slots.scale, routing.ids, routing.order, routing.offsets]
+
+
+def _gate(gate: Tensor | None) -> Tensor | None:
+    return None if gate is None else gate.float().contiguous()
+
+
+def _dropout(dropout) -> tuple[Tensor | None, int, float]:
+    if dropout is None:
+        return None, 0, 1.0
+    seed, threshold, *scale = dropout
+    return seed.reshape(1), threshold, *(scale or (1.0,))
+
+
+def _max_tiles(M: int, G: int, block: int) -> int:
+    """The most tiles that M rows of G adapters can make: each adapter may end in a part of one."""
+    return min(M, _divide_up(M, block) + min(G, M))
+
+
+def _span(columns: int, blocks: int, step: int, least: int, device: torch.device) -> int:
+    """Columns of a split, a multiple of `step`, for `blocks` times the splits to fill the device;
+    `least` columns at least."""
+    wanted = max(1, BLOCKS_PER_SM * _multiprocessors(device) // max(1, blocks))
+    span = max(_divide_up(columns, wanted), min(least, columns), 1)
+    return _divide_up(span, step) * step
+
+
+def _start_shrink(x, a, gate, many, dropout, scale, tiles, h, t):
+    """Fill h and t, whichever are given."""
+    (M, K), R, step = x.shape, a.shape[-2], _block_k(x.dtype)
+    seed, threshold, keep_scale = _dropout(dropout)
+    span = _span(K, tiles * _divide_up(R, 64), step, 4 * step, x.device)
+    split = _divide_up(K, span)
+    planes = x.new_empty(split, M, R, dtype=torch.float32) if split > 1 else None
+    if not (M and K):
+        return
+    _ops.shrink_cuda(
+        x, a, gate, many, seed, scale, keep_scale, threshold, tiles, span, h, t, planes
+    )  # fmt: skip
+    if planes is not None:
+        _ops.sum_rows_cuda(planes, gate, many, scale, h, t)
+
+
+def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False):
+    """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a [R, K] of any strides.
+
+    dropout is None or (seed int64 [1], threshold, keep_scale): an element is kept iff its 16-bit
+    lane reaches the threshold, and keep_scale multiplies h.
+    """
+    (M, K), R = x.shape, a.shape[0]
+    new = x.new_empty if K else x.new_zeros  # a sum over nothing
+    t, h = new(M, R), new(M, R) if save_h else None
+    _start_shrink(x, a, _gate(gate), [], dropout, scale, _divide_up(M, BLOCK_M), h, t)
+    return t, h
+
+
+def multi_shrink(x, slots, a_slots, routing, *, dropout=None, save_h=False):
+    """(t [M, R], h [M, R] or None) for x [M, K] and a_slots [P, R, K]: each row with the adapter
+    that routing gives it; zero past its rank and in rows without one."""
+    M, R = x.shape[0], a_slots.shape[1]
+    t, h = x.new_zeros(M, R), x.new_zeros(M, R) if save_h else None
+    tiles = _max_tiles(M, slots.table.shape[0], BLOCK_M)
+    many = _many(slots, routing)
+    _start_shrink(x, a_slots, slots.gate, many, dropout, 1.0, tiles, h, t)
+    return t, h
+
+
+def tile(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of segment_gemm's tile: the largest with which the tiles fill the device."""
+    for block_m, block_n in TILES[dtype == torch.float32 : 2]:
+        if _divide_up(M, block_m) * _divide_up(N, block_n) >= _multiprocessors(device):
+            return block_m
+    return 64 if M > 16 else 16
+
+
+def segment_gemm(segments, *, bias=None, mask=None, block_m=None):
+    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
+
+    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
+    accumulator is multiplied by keep * keep_scale.
+    """
+    lefts, rights = (list(side) for side in zip(*segments, strict=True))
+    y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
+    _start_segments(lefts, rights, -1, [], bias, mask, y, False, block_m)
+    return y
+
+
+def _start_segments(lefts, rights, gathered, many, bias, mask, y, add, block_m):
+    bits, keep_scale, masked = mask or (None, 1.0, 0)
+    bias = None if bias is None else bias.contiguous()
+    block_m = block_m or tile(*y.shape, y.dtype, y.device)
+    _ops.segment_gemm_cuda(
+        lefts, rights, gathered, many, bias, bits, masked, keep_scale, y, add, block_m
+    )
+
+
+def multi_segment_gemm(
+    x, weight, t, v_slots, slots, routing, *, bias=None, mask=None, block_m=None
+):
+    """y [M, N] = bias + x W^T + t_i V_j, for x [M, K], weight [N, K], t [M, R], v_slots [P, R, N].
+
+    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale): then the adapters' part is multiplied
+    by keep * keep_scale.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    many = _many(slots, routing)
+    if mask is None:
+        _start_segments([x, t], [weight, v_slots], 1, many, bias, None, y, False, block_m)
+    else:
+        mask = (*mask, 1)
+        _start_segments([t, x], [v_slots, weight], 0, many, bias, mask, y, False, block_m)
+    return y
+
+
+def multi_segment_add_(y, t, v_slots, slots, routing, *, block_m=None):
+    """y [M, N] += t_i V_j in place, summed in fp32 and rounded once; y of any strides."""
+    _start_segments([t], [v_slots], 0, _many(slots, routing), None, None, y, True, block_m)
+
+
+def _start_row_reduce(z, v, w, many, dropout, bits, rows, tiles):
+    """fp32 planes of P^T [tiles, R, C] and, where w is given, of u [column blocks, M, R]."""
+    (M, C), R = z.shape, v.shape[1]
+    seed, threshold, _ = _dropout(dropout)
+    planes = z.new_empty(tiles, R, C, dtype=torch.float32)
+    u = w if w is None else z.new_empty(_divide_up(C, BLOCK_C), M, R, dtype=torch.float32)
+    _ops.row_reduce_cuda(z, v, w, many, seed, threshold, bits, rows, planes, u)
+    return planes, u
+
+
+def _rows_of_a_block(M: int, C: int, device: torch.device) -> int:
+    return _span(M, _divide_up(C, BLOCK_C), 64, 256, device)
+
+
+def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False, db_dtype=None):
+    """(dh [M, R], dB [N, R], dg fp32 [R]) from ONE read of dy [M, N]; with P = dy^T h
+
+        dh = scale * g ⊙ (dy B)     dB = scale * P diag(g)     dg_r = scale * sum_n B_nr P_nr
+
+    The planes of u = dy B grow with R. Where they cost more than a second read of dy, dh is a
+    shrink.
+    """
+    (M, N), R = dy.shape, h.shape[1]
+    gate, rows = _gate(gate), _rows_of_a_block(M, N, dy.device)
+    together = need_dh and R <= LARGEST_R_OF_U
+    w = b if together else None
+    planes, u = _start_row_reduce(dy, h, w, [], None, None, rows, _divide_up(M, rows))
+    dh = None
+    if together:
+        dh = torch.empty_like(h) if N else torch.zeros_like(h)
+        _ops.sum_rows_cuda(u, gate, [], scale, None, dh)
+    elif need_dh:
+        dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)
+    db = torch.empty(b.shape, dtype=db_dtype or b.dtype, device=b.device)
+    blocks = _divide_up(N, BLOCK_C)
+    dot = planes.new_empty(blocks, 1, R) if need_dgate else None
+    _ops.sum_columns_cuda(
+        planes, M, rows, gate, [], scale, 1.0, True, b.t()[None] if need_dgate else None,
+        db.t()[None], dot,
+    )  # fmt: skip
+    return dh, db, None if dot is None else dot.sum((0, 1))
+
+
+def row_reduce_x(x, dh, *, dropout=None, bits=None, da_dtype=None):
+    """dA [R, K] = dh^T drop(x); bits, where given, receives the mask.
+
+    dropout is None or (seed int64 [1], threshold, keep_scale).
+    """
+    (M, K), R = x.shape, dh.shape[1]
+    rows = _rows_of_a_block(M, K, x.device)
+    planes, _ = _start_row_reduce(x, dh, None, [], dropout, bits, rows, _divide_up(M, rows))
+    da = torch.empty(R, K, dtype=da_dtype or x.dtype, device=x.device)
+    keep_scale = _dropout(dropout)[2]
+    _ops.sum_columns_cuda(
+        planes, M, rows, None, [], 1.0, keep_scale, False, None, da[None], None
+    )  # fmt: skip
+    return da
+
+
+def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout=None):
+    """Write out [P, R, C]: P_j = sum over the rows i of adapter j of v_i^T drop(z)_i, or where
+    scaled scale_j g_j ⊙ P_j, into the slot of each id; the slots that no id has are left alone.
+
+    Where w [P, R, C] is given return dg fp32 [P, R] = scale_j <w_jr, P_jr>, else None. dropout is
+    None or (seed int64 [1], threshold, keep_scale) and masks z.
+    """
+    (M, C), (P, R), many = z.shape, out.shape[:2], _many(slots, routing)
+    tiles = _max_tiles(M, slots.table.shape[0], MULTI_ROWS)
+    planes, _ = _start_row_reduce(z, v, None, many, dropout, None, MULTI_ROWS, tiles)
+    dot = None if w is None else planes.new_zeros(_divide_up(C, BLOCK_C), P, R)
+    _ops.sum_columns_cuda(
+        planes, M, MULTI_ROWS, slots.gate, many, 1.0, _dropout(dropout)[2], scaled, w, out, dot
+    )
+    return None if dot is None else dot.sum(0)
+
+
+def dropout_bits(seed: Tensor, M: int, K: int, threshold: int) -> Tensor:
+    """The mask of an [M, K] input as bits: uint8 [M, ceil(K / 8)], bit k % 8 of byte k // 8."""
+    bits = torch.empty(M, _divide_up(K, 8), dtype=torch.uint8, device=seed.device)
+    _ops.dropout_bits_cuda(seed.reshape(1), threshold, bits)
+    return bits
+
+
+def decodes(M: int, dtype: torch.dtype) -> bool:
+    """Whether decode takes a batch of M rows with its base product."""
+    return M <= DECODE_ROWS and dtype.itemsize == 2
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _zeroed_counters(blocks: int, device: torch.device) -> Tensor:
+    """Counters at zero, where every kernel leaves them. Calls on one stream follow each other and
+    share them; a graph that is being captured has its own.
+    """
+    if device.type != "cuda":
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or _counters[key].shape[0] < blocks:
+        _counters[key] = torch.zeros(max(blocks, 4096), dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def _decode(ys, x, weight, bias, projections, splits_at=None):
+    """Each y [M, N] = or += its part; projections: (a, v, gate, many, scale) of each."""
+    M, K = x.shape
+    span_r = max(256, _divide_up(_divide_up(K, 8), 256) * 256)
+    found = []
+    for y, (a, v, gate, many, scale) in zip(ys, projections, strict=True):
+        R, N = a.shape[-2], y.shape[1]
+        new = x.new_empty if K else x.new_zeros  # a sum over nothing
+        planes = new(max(1, _divide_up(K, span_r)), M, R, dtype=torch.float32)
+        if M and K:
+            _ops.decode_shrink_cuda(x, a, many, span_r, planes)
+        span, parts, counters = 0, None, None
+        if weight is not None:
+            blocks = _divide_up(N, BLOCK_N)
+            span = splits_at or _span(K, blocks, 128, 512, x.device)
+            if (splits := _divide_up(K, span)) > 1:
+                parts = x.new_empty(splits, M, N, dtype=torch.float32)
+                counters = _zeroed_counters(blocks, x.device)
+        _ops.decode_cuda(x, weight, v, gate, many, scale, planes, bias, y, span, parts, counters)
+        found.append(planes)
+    return found
+
+
+def decode(x, weight, a, b, bias=None, *, scale=1.0, gate=None, splits_at=None):
+    """y [M, N] = bias + x W0^T + scale * ((x A^T) * g) B^T for x [M <= 64, K] in two launches."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    _decode([y], x, weight, bias, [(a, b.t(), _gate(gate), [], scale)], splits_at)
+    return y
+
+
+def multi_decode(x, weight, slots, routing, bias=None, *, save_h=False):
+    """(y [M, N], h [M, R] or None) of multi_lora_linear without dropout, or None where `decodes`
+    does not hold."""
+    if not decodes(x.shape[0], x.dtype):
+        return None
+    y, many = x.new_empty(x.shape[0], weight.shape[0]), _many(slots, routing)
+    bias = None if bias is None else bias.contiguous()
+    of_bank = slots.a_slots, slots.bt_slots, slots.gate, many, 1.0
+    (planes,) = _decode([y], x, weight, bias, [of_bank])
+    if not save_h:
+        return y, None
+    h = x.new_zeros(x.shape[0], planes.shape[2])
+    _ops.sum_rows_cuda(planes, slots.gate, many, 1.0, h, None)
+    return y, h
+
+
+def multi_add_(ys, x, slots, routing):
+    """y [M, N] += scale_j g_j ⊙ (x_i A_j^T) B_j^T in place, for lists of y of any strides and of
+    slots."""
+    if x.shape[0] <= DECODE_ROWS:
+        banks = [
+            (own.a_slots, own.bt_slots, own.gate, _many(own, routing), 1.0) for own in slots
+        ]
+        _decode(ys, x, None, None, banks)
+        return
+    for y, own in zip(ys, slots, strict=True):
+        t, _ = multi_shrink(x, own, own.a_slots, routing)
+        multi_segment_add_(y, t, own.bt_slots, own, routing)
