@@ -178,7 +178,10 @@ __device__ void store_tile(const float* tile, const Params<typename C::T>& p, in
     if (whole) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
     } else {
-      for (int e = 0; e < valid; ++e) to[e * p.y_col_stride] = out[e];
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (e < valid) to[e * p.y_col_stride] = out[e];
+      }
     }
   }
 }

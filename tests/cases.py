@@ -1,14 +1,21 @@
-"""Sizes, layouts and dtypes that the kernel tests draw from."""
+"""Backends, sizes, layouts and dtypes that the kernel tests draw from."""
 
+import pytest
 import torch
 from conftest import DEVICE
 from hypothesis import HealthCheck, register_random, settings
 from hypothesis import strategies as st
 
+from fused_lora.ops import dispatch
 from fused_lora.testing import LAYOUTS
 
 SIZES = (0, 1, 2, 3, 7, 16, 17, 31, 33, 64, 65, 127, 129, 257)
 RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 32, 64)
+CUDA_REFUSES = dispatch.cuda_refuses(torch.empty(0, device=DEVICE))
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(bool(CUDA_REFUSES), reason=str(CUDA_REFUSES)))
+backends = pytest.mark.parametrize("backend", ["torch", "triton", CUDA])
+# The launchers of the one and of the other, which have the same names.
+kernels = pytest.mark.parametrize("kernels", ["triton", CUDA])
 # Triton's interpreter multiplies bfloat16 bit patterns.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 DROPOUTS = (0.1, 0.3, 0.5)

@@ -1,10 +1,11 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter.
+"""Without a GPU the Triton kernels run under Triton's interpreter, and the CUDA kernels emulated.
 
-It must be asked for before the kernels are imported.
+Both must be asked for before the kernels are imported.
 """
 
 import os
 
+import emulated
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ DEVICE = os.environ.get("FUSED_LORA_TEST_DEVICE") or (
 )
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    if "FUSED_LORA_EMULATED" not in os.environ and emulated.why_not() is None:
+        os.environ["FUSED_LORA_EMULATED"] = str(emulated.build())
     # Two test processes share two cores.
     torch.set_num_threads(1)
 

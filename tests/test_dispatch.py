@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE
 
 import fused_lora as fl
+from fused_lora import _extension
 from fused_lora.ops import dispatch
 
 
@@ -21,7 +22,6 @@ def test_why_names_every_backend_chosen_first():
     reasons = fl.why("lora_linear", *arguments(), scale=1.0)
     assert next(iter(reasons)) == "torch" and set(reasons) == {"torch", "triton", "cuda"}
     assert reasons["torch"] is None
-    assert reasons["cuda"] == "lora_linear has no CUDA C++ kernel; use backend='triton' or 'torch'"
     with fl.use_backend("triton"):
         assert next(iter(fl.why("lora_linear", *arguments(), scale=1.0))) == "triton"
     assert next(iter(fl.why("lora_linear", *arguments(), scale=1.0, backend="cuda"))) == "cuda"
@@ -51,6 +51,28 @@ def test_triton_without_a_gpu_or_the_interpreter(monkeypatch):
     assert reason == "x is on cpu; the Triton kernels run on CUDA devices"
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: x is on cpu"):
         fl.lora_linear(*arguments(), scale=1.0, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the reason is that x is on the CPU")
+def test_cuda_without_a_gpu_or_the_emulator(monkeypatch):
+    monkeypatch.setattr(_extension, "emulates", lambda: False)
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    reason = fl.why("lora_linear", *arguments(), scale=1.0)["cuda"]
+    assert reason == "x is on cpu; the CUDA kernels run on CUDA devices"
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: x is on cpu"):
+        fl.lora_linear(*arguments(), scale=1.0, backend="cuda")
+
+
+def test_cuda_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_extension, "why_missing", lambda: "the CUDA extension was not built")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: the CUDA extension was not"):
+        fl.lora_linear(*arguments(), scale=1.0, backend="cuda")
+
+
+def test_cuda_takes_no_float64(monkeypatch):
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    args = [t.double() for t in arguments()]
+    assert "take no float64" in fl.why("lora_linear", *args, scale=1.0)["cuda"]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs on the CPU")

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DROPOUTS, fuzz, seeds, sizes
+from cases import DROPOUTS, fuzz, kernels, seeds, sizes
 from conftest import DEVICE
 from hypothesis import given
 
 from fused_lora import reference
+from fused_lora.ops import dispatch
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "philox.json").read_text())
 
@@ -35,14 +36,13 @@ def test_lanes_far_out(case):
     assert lanes[0, case["k"]].item() == case["lane"]
 
 
+@kernels
 @given(M=sizes, K=sizes, seed=seeds)
 @fuzz(25)
 @pytest.mark.parametrize("p", DROPOUTS)
-def test_kernel_bits_are_the_reference_mask(p, M, K, seed):
-    from fused_lora.triton_kernels.dropout import dropout_bits
-
+def test_kernel_bits_are_the_reference_mask(kernels, p, M, K, seed):
     seed_t = torch.tensor([seed], device=DEVICE)
-    bits = dropout_bits(seed_t, M, K, reference.dropout_threshold(p))
+    bits = dispatch.kernels(kernels).dropout_bits(seed_t, M, K, reference.dropout_threshold(p))
     lanes = torch.arange(8, device=DEVICE)
     keep = (bits[:, :, None] >> lanes & 1).bool().reshape(M, bits.shape[1] * 8)[:, :K]
     assert torch.equal(keep, reference.dropout_mask(seed_t, M, K, p))

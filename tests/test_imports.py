@@ -17,7 +17,8 @@ ALLOWED = {
     "reference": set(),
     "testing": set(),
     "_extension": set(),
-    "ops": {"reference", "ops", "_extension", "triton_kernels"},
+    "cuda_kernels": {"_extension"},
+    "ops": {"reference", "ops", "_extension", "cuda_kernels", "triton_kernels"},
     "nn": {"bank", "ops", "reference"},
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "store": {"checkpoint", "inject", "nn", "ops"},
     "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},
 }
-LAZY = {"triton_kernels", "_C"}
+LAZY = {"triton_kernels", "cuda_kernels", "_C"}
 
 
 def imports(path: Path, package: str):
@@ -102,7 +103,7 @@ before = set(sys.modules)
 import fused_lora
 new = set(sys.modules) - before
 print(sorted(m for m in new if m.split(".")[0] in ("triton", "triton_kernels")
-             or m.startswith(("fused_lora.triton_kernels", "fused_lora._C"))))
+             or m.startswith("fused_lora.") and m.split(".")[1] in ("triton_kernels", "cuda_kernels", "_C")))
 """
     assert fresh(code) == "[]"
 

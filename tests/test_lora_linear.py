@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DROPOUTS, dtypes, fuzz, layouts, ranks, seeds, sizes
+from cases import DROPOUTS, backends, dtypes, fuzz, layouts, ranks, seeds, sizes
 from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,10 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import fused_lora as fl
 from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
 
-BACKENDS = ("torch", "triton", "cuda")
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gate")
 SCALE = 1.3
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def make(

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DROPOUTS, DTYPES, fuzz, layouts, seeds
+from cases import DROPOUTS, DTYPES, backends, fuzz, layouts, seeds
 from conftest import DEVICE
 from fused_lora.triton_kernels import configs
 from hypothesis import given
@@ -18,8 +18,6 @@ from fused_lora.ops import multi_lora_linear as module
 from fused_lora.reference import AdapterSlots
 from fused_lora.testing import assert_accurate, guarded, saved_bytes
 
-BACKENDS = ("torch", "triton", "cuda")
-backends = pytest.mark.parametrize("backend", BACKENDS)
 RAGGED = (1, 3, 8, 16, 17, 64, 128)
 NAMES = ("x", "weight", "bias", "a_slots", "bt_slots", "gate")
 

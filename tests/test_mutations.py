@@ -50,19 +50,19 @@ FAULTS = {
         DROPOUT,
         "zero, zero, 7)",
         "zero, zero, 6)",
-        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-triton]",
     ),
     "kernel: two words of Philox swapped": Fault(
         DROPOUT,
         "w0, w1, w2, w3 = tl.philox",
         "w1, w0, w2, w3 = tl.philox",
-        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-triton]",
     ),
     "kernel: high halves before low halves": Fault(
         DROPOUT,
         "bits = ((w0 & 0xFFFF) >= t).to(tl.int32) | ((w0 >> 16) >= t).to(tl.int32) << 1",
         "bits = ((w0 >> 16) >= t).to(tl.int32) | ((w0 & 0xFFFF) >= t).to(tl.int32) << 1",
-        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5]",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-triton]",
     ),
     "kernel: a lane at the threshold is dropped": Fault(
         DROPOUT,
@@ -202,7 +202,7 @@ FAULTS = {
         PLANES,
         "for _ in range(S):",
         "plane += stride_planes[0]\n    for _ in range(S - 1):",
-        "test_row_reduce.py::test_long_columns_are_added_in_planes",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes[triton]",
     ),
     "planes: the last row is not written": Fault(
         PLANES,
@@ -220,7 +220,7 @@ FAULTS = {
         PLANES,
         "dots.sum(0)",
         "dots[0]",
-        "test_row_reduce.py::test_dy",
+        "test_row_reduce.py::test_dy[triton]",
     ),
     # y and dx.
     "gemm: one column past K": Fault(
@@ -312,13 +312,13 @@ FAULTS = {
         REDUCE,
         "tl.minimum(first + rows, M)",
         "tl.minimum(first + rows + BLOCK_M, M)",
-        "test_row_reduce.py::test_long_columns_are_added_in_planes",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes[triton]",
     ),
     "reduce: u of the first block of columns": Fault(
         REDUCE,
         "sum_planes(u, scale=scale",
         "sum_planes(u[:1], scale=scale",
-        "test_row_reduce.py::test_dy",
+        "test_row_reduce.py::test_dy[triton]",
     ),
     "reduce: rows counted in 32 bits": Fault(
         REDUCE,
@@ -360,7 +360,7 @@ FAULTS = {
         REDUCE,
         "return da\n",
         "return da.to(x.dtype).to(da.dtype)\n",
-        "test_row_reduce.py::test_master_gradients_are_rounded_once",
+        "test_row_reduce.py::test_master_gradients_are_rounded_once[triton]",
     ),
     "reduce: dB of a master rounded to 16 bits": Fault(
         REDUCE,

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from cases import DROPOUTS, dtypes, fuzz, layouts, ranks, seeds, sizes
+from cases import DROPOUTS, dtypes, fuzz, kernels, layouts, ranks, seeds, sizes
 from conftest import DEVICE
 from fused_lora.triton_kernels.shrink import shrink
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_lora import reference
+from fused_lora.ops import dispatch
 from fused_lora.testing import assert_accurate, guarded
 
 SCALE = 1.7
@@ -22,6 +23,7 @@ def plain(x, a, gate, keep, keep_scale):
     return t.to(x.dtype), h
 
 
+@kernels
 @given(
     M=sizes,
     K=sizes,
@@ -34,7 +36,8 @@ def plain(x, a, gate, keep, keep_scale):
     p=st.sampled_from((None, *DROPOUTS)),
 )
 @fuzz(60)
-def test_shrink(M, K, R, dtype, x_layout, a_layout, gated, seed, p):
+def test_shrink(kernels, M, K, R, dtype, x_layout, a_layout, gated, seed, p):
+    shrink = dispatch.kernels(kernels).shrink
     x = guarded((M, K), x_layout, dtype=dtype, device=DEVICE)
     a = guarded((R, K), a_layout, dtype=dtype, device=DEVICE)
     gate = guarded((R,), device=DEVICE) if gated else None
@@ -74,8 +77,10 @@ def test_every_split_covers_k_once(split, K):
     assert torch.equal(t, h)
 
 
+@kernels
 @pytest.mark.parametrize("R", [65, 128, 129, 200, 256])
-def test_large_ranks(R):
+def test_large_ranks(kernels, R):
+    shrink = dispatch.kernels(kernels).shrink
     x, a = guarded((33, 70), device=DEVICE), guarded((R, 70), device=DEVICE)
     t, _ = shrink(x, a)
     assert_accurate("t", (t,), product, (x, a))

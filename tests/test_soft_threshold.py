@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from cases import CUDA, CUDA_REFUSES
 from conftest import DEVICE
 
 import fused_lora as fl
@@ -12,12 +13,12 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Around a warp, a block, and the 65536 elements of a chunk of the kernel.
 SIZES = (0, 1, 31, 64, 127, 128, 129, 1000, 65535, 65536, 65537, 200001)
 
-on_cuda_kernel = pytest.mark.skipif(
-    DEVICE != "cuda" or _extension.why_missing() is not None, reason="needs a GPU and the extension"
+on_a_gpu = pytest.mark.skipif(
+    DEVICE != "cuda" or CUDA_REFUSES is not None, reason="needs a GPU and the extension"
 )
 
 
-@pytest.fixture(params=["torch", pytest.param("cuda", marks=on_cuda_kernel)])
+@pytest.fixture(params=["torch", CUDA])
 def backend(request) -> str:
     return request.param
 
@@ -203,7 +204,8 @@ def test_bad_xi_writes_nothing(xi, error, message):
     same(gate, torch.ones(4))
 
 
-def test_backends_that_cannot_run_say_why():
+def test_backends_that_cannot_run_say_why(monkeypatch):
+    monkeypatch.setattr(_extension, "emulates", lambda: False)
     gate = torch.ones(4)
     reasons = fl.why("soft_threshold_", gate, 0.1)
     assert list(reasons.items()) == [
@@ -222,7 +224,7 @@ def test_backends_that_cannot_run_say_why():
 
 
 @pytest.mark.gpu
-@on_cuda_kernel
+@on_a_gpu
 def test_graph_replays_the_kernel_on_new_values(device):
     gates = [torch.randn(n, device=device) for n in (5, 64, 70000) for _ in range(100)]
     soft_threshold_(gates, 0.2, backend="cuda")
@@ -239,7 +241,7 @@ def test_graph_replays_the_kernel_on_new_values(device):
 
 
 @pytest.mark.gpu
-@on_cuda_kernel
+@on_a_gpu
 def test_runs_on_the_current_stream(device):
     gate = torch.zeros(64, device=device)
     side = torch.cuda.Stream()
@@ -252,7 +254,7 @@ def test_runs_on_the_current_stream(device):
 
 
 @pytest.mark.gpu
-@on_cuda_kernel
+@on_a_gpu
 def test_one_launch_for_a_model_of_gates(device):
     gates = [torch.randn(64, device=device) for _ in range(224)]
     soft_threshold_(gates, 0.1, backend="cuda")

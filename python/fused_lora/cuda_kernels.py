@@ -225,7 +225,7 @@ def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False,
     planes, u = _start_row_reduce(dy, h, w, [], None, None, rows, _divide_up(M, rows))
     dh = None
     if together:
-        dh = torch.empty_like(h) if N else torch.zeros_like(h)
+        dh = h.new_empty(M, R) if N else h.new_zeros(M, R)
         _ops.sum_rows_cuda(u, gate, [], scale, None, dh)
     elif need_dh:
         dh, _ = shrink(dy, b.t(), scale=scale, gate=gate)

@@ -22,7 +22,7 @@ _library.define("soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> ()")
 
 
 def _refuse_cuda(gate: Tensor) -> str | None:
-    if not gate.is_cuda:
+    if not (gate.is_cuda or _extension.emulates()):
         return f"gates are on {gate.device}; the CUDA kernel runs on CUDA devices"
     return _extension.why_missing()
 

@@ -1,0 +1,84 @@
+"""Builds csrc/ for the CPU: the bindings and kernels themselves, with emulator/emulator.h in place of
+the GPU."""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+BUILD = ROOT / "build" / "emulated"
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+def cuda_root() -> Path | None:
+    """The toolkit around nvcc, as nvcc tells it: on PATH there may be a wrapper."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
+    found = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
+    return Path(found[1]).resolve() if found else None
+
+
+def why_not() -> str | None:
+    """None where build() can build, else what is missing."""
+    if shutil.which("g++") is None:
+        return "the emulated kernels need g++"
+    if cuda_root() is None:
+        return "the emulated kernels need the headers of a CUDA toolkit"
+    return None
+
+
+def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
+    """The library, made once for each content of the sources."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    cuda = cuda_root()
+    # As setup.py has it for the real library.
+    target = re.search(r"^OLDEST_TORCH = \((\d+), (\d+)\)$", (ROOT / "setup.py").read_text(), re.M)
+    version = "0x{:02x}{:02x}000000000000".format(*map(int, target.groups()))
+    command = [
+        *("g++", "-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-w", *flags),
+        *("-DFUSED_LORA_EMULATE", f"-DTORCH_TARGET_VERSION={version}", "-DTORCH_STABLE_ONLY"),
+        *("-I", str(csrc), "-I", str(EMULATOR)),
+        *("-isystem", f"{torch}/include", "-isystem", f"{cuda}/include"),
+    ]
+    shared = [*sorted(csrc.glob("common/*")), *sorted(EMULATOR.glob("*.h"))]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    objects = {}
+    for source in sorted(csrc.glob("*.cu")):
+        key = hashlib.sha256(" ".join([str(torch), version, *flags]).encode())
+        for path in (source, source.with_suffix(".cuh"), *shared):
+            key.update(path.read_bytes())
+        objects[source] = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
+    names = " ".join(o.name for o in objects.values())
+    library = BUILD / f"emulated-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
+
+    def run(*arguments):
+        found = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
+        if found.returncode != 0:
+            raise RuntimeError(f"{' '.join(map(str, arguments))}\n{found.stderr[-4000:]}")
+
+    with FileLock(BUILD / "lock"):
+        missing = [(source, made) for source, made in objects.items() if not made.exists()]
+        with ThreadPoolExecutor(2) as workers:
+            for job in [
+                workers.submit(run, *command, "-c", source, "-o", made) for source, made in missing
+            ]:
+                job.result()
+        if not library.exists():
+            run(
+                *("g++", "-shared", *flags, "-o", library, *objects.values()),
+                *(f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+                *(f"-L{cuda}/lib64", f"-L{cuda}/lib", "-lcudart_static", "-ldl", "-lrt"),
+                "-lpthread",
+            )
+    return library
