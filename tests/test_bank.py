@@ -6,10 +6,12 @@ import threading
 
 import pytest
 import torch
+from cases import CUDA_REFUSES, backends
 from conftest import DEVICE
 from fused_lora.triton_kernels import configs
 
 import fused_lora as fl
+from fused_lora.testing import guarded
 
 K, N, RANK = 12, 10, 8
 
@@ -34,6 +36,15 @@ def alone(x, weight, held):
     return fl.lora_linear(x, weight, a, b, gate=gate, scale=scale)
 
 
+@pytest.fixture(autouse=True)
+def of_kernels(request):
+    """With the backend "cuda" the bank's own writes are kernels too."""
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    with fl.use_backend("cuda" if backend == "cuda" else None):
+        yield
+
+
 @pytest.fixture
 def x():
     return torch.randn(6, K, device=DEVICE)
@@ -44,7 +55,7 @@ def weight():
     return torch.randn(N, K, device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 def test_each_name_is_served_with_its_adapter(x, weight, backend):
     bank, held = bank_of(), {}
     for i, (name, r) in enumerate((("french", 3), ("code", 8), ("law", 1))):
@@ -60,7 +71,7 @@ def test_each_name_is_served_with_its_adapter(x, weight, backend):
 
 
 @pytest.mark.parametrize("decode_rows", [0, 64], ids=["tiles", "decode"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 def test_a_thousand_changes(weight, backend, decode_rows, monkeypatch):
     """Against a dictionary of what the bank should hold."""
     monkeypatch.setattr(configs, "DECODE_ROWS", decode_rows)
@@ -125,7 +136,8 @@ def test_a_removed_name_gives_the_base(x, weight):
     assert torch.equal(served(bank, x, weight, ids), served(bank, x, weight, ids * 0 - 1))
 
 
-def test_replace_leaves_the_old_slot_as_it_was():
+@backends
+def test_replace_leaves_the_old_slot_as_it_was(backend):
     """A batch that was enqueued before reads the old adapter to its end."""
     bank = bank_of()
     a, b, _ = adapter(4)
@@ -137,7 +149,8 @@ def test_replace_leaves_the_old_slot_as_it_was():
     assert bank.a_slots.untyped_storage().nbytes() == 4 * RANK * K * 4
 
 
-def test_rank_rows_past_the_rank_are_zero():
+@backends
+def test_rank_rows_past_the_rank_are_zero(backend):
     bank = bank_of(1)
     bank.add("wide", *adapter(8)[:2], scale=1.0)
     bank.remove("wide")
@@ -148,7 +161,7 @@ def test_rank_rows_past_the_rank_are_zero():
     assert not bank.a_slots[slot, 3:].any() and not bank.bt_slots[slot, 3:].any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 def test_several_adapters_train_in_one_batch_as_they_would_alone(weight, backend):
     bank, alone = bank_of(), []
     for i, r in enumerate((2, 8)):
@@ -287,3 +300,24 @@ def test_bad_input(case):
 def test_bad_sizes(arguments, error, message):
     with pytest.raises(error, match=message):
         fl.AdapterBank(*arguments)
+
+
+@pytest.mark.skipif(CUDA_REFUSES is not None, reason=str(CUDA_REFUSES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "step2", "expanded"])
+def test_kernels_write_a_slot_as_torch_does(dtype, layout):
+    a, b = (guarded(s, layout, device=DEVICE) for s in ((5, K), (N, 5)))
+    gate = guarded((5,), device=DEVICE)
+    banks = []
+    for backend in ("torch", "cuda"):
+        with fl.use_backend(backend):
+            bank = bank_of(2, dtype=dtype)
+            bank.add("kept", *adapter(RANK)[:2], scale=1.0)
+            bank.add("french", *adapter(RANK, 1)[:2], scale=1.0)
+            version = bank.a_slots._version
+            bank.replace("french", a, b, scale=0.75, gate=gate)
+            assert bank.a_slots._version > version
+            banks.append(bank)
+    for name in ("a_slots", "bt_slots", "rank", "scale", "gate", "table"):
+        mine, theirs = (getattr(bank, name) for bank in banks)
+        assert torch.equal(mine, theirs), name

@@ -693,3 +693,17 @@ def test_kinds_of_ids_are_what_they_say():
         ids = ids_of(kind, 200, 8, dtype)
         assert ids.dtype == dtype and ids.shape == (200,) and ids.min() >= -1 and ids.max() < 8
     assert 20 < int((ids_of("some", 200, 8) < 0).sum()) < 80
+
+
+@backends
+@pytest.mark.parametrize("M", [3, 70])
+def test_autograd_sees_that_y_was_written(backend, M):
+    tensors = make(M, 12, 9, RAGGED)
+    ids = ids_of("some", M, 7)
+    y = torch.randn(M, 9, device=DEVICE, requires_grad=True).exp()  # which saves its result
+    fl.multi_lora_add_(y.detach(), tensors[0], slots_of(tensors), ids, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        z = torch.zeros(M, 9, device=DEVICE)
+        assert fl.multi_lora_add_(z, tensors[0], slots_of(tensors), ids, backend=backend) is z

@@ -700,13 +700,13 @@ FAULTS = {
         BANK,
         "self._write(self._spare, lora_a, lora_b, scale, gate)",
         "self._write(self._places[index], lora_a, lora_b, scale, gate)",
-        "test_bank.py::test_replace_leaves_the_old_slot_as_it_was",
+        "test_bank.py::test_replace_leaves_the_old_slot_as_it_was[torch]",
     ),
     "bank: rank rows of the adapter before stay": Fault(
         BANK,
         "self.a_slots[slot, rank:].zero_()",
         "pass",
-        "test_bank.py::test_rank_rows_past_the_rank_are_zero",
+        "test_bank.py::test_rank_rows_past_the_rank_are_zero[torch]",
     ),
     # The proximal step: the published code of SoRA has the first of these two.
     "soft threshold: gates up to 2 xi are zeroed": Fault(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -169,7 +170,7 @@ class AdapterBank:
                 self._write(self._places[index], lora_a, lora_b, scale, gate)
                 return index
             self._write(self._spare, lora_a, lora_b, scale, gate)
-            self.table[index].fill_(self._spare)
+            self._flip(index, self._spare)
             self._places[index], self._spare = self._spare, self._places[index]
             return index
 
@@ -259,8 +260,24 @@ class AdapterBank:
         self.lock = threading.RLock()
         self._point_into_slots()
 
+    def _kernels(self):
+        """The CUDA C++ kernels, where that backend was asked for; "triton" has none for a bank."""
+        if dispatch.choose(None) != "cuda":
+            return None
+        dispatch.require("AdapterBank", "cuda", {"cuda": dispatch.cuda_refuses}, self.a_slots)
+        return dispatch.kernels("cuda")
+
+    def _flip(self, index: int, slot: int) -> None:
+        if (kernels := self._kernels()) is not None:
+            kernels.flip_(self.table, index, slot)
+        else:
+            self.table[index].fill_(slot)
+
     @torch.no_grad()
     def _write(self, slot: int, lora_a, lora_b, scale: float, gate) -> None:
+        if (kernels := self._kernels()) is not None:
+            kernels.write_slot_(self, slot, lora_a, lora_b, scale, gate)
+            return
         rank = lora_a.shape[0]
         self.a_slots[slot, :rank].copy_(lora_a)
         self.bt_slots[slot, :rank].copy_(lora_b.t())

@@ -44,6 +44,12 @@ _library.define(
     "Tensor planes, Tensor? bias, Tensor(a!) y, int span, Tensor(b!)? parts, "
     "Tensor(c!)? counters) -> ()"
 )
+_library.define(
+    "write_slot_cuda_(Tensor(a!) a_slots, Tensor(b!) bt_slots, Tensor(c!) rank, Tensor(d!) scale, "
+    "Tensor(e!) gate, int slot, Tensor lora_a, Tensor lora_b, Tensor? new_gate, float scale_value) "
+    "-> ()"
+)
+_library.define("flip_cuda_(Tensor(a!) table, int id, int slot) -> ()")
 _extension.load()
 _ops = torch.ops.fused_lora
 
@@ -346,6 +352,23 @@ def multi_decode(x, weight, slots, routing, bias=None, *, save_h=False):
     h = x.new_zeros(x.shape[0], planes.shape[2])
     _ops.sum_rows_cuda(planes, slots.gate, many, 1.0, h, None)
     return y, h
+
+
+def write_slot_(slots, slot: int, lora_a, lora_b, scale: float, gate=None) -> None:
+    """Write an adapter (lora_a [r, K], lora_b [N, r], gate [r]) into a slot, all of it, in one
+    launch."""
+    dtype = slots.a_slots.dtype
+    _ops.write_slot_cuda_(
+        slots.a_slots, slots.bt_slots, slots.rank, slots.scale, slots.gate, slot,
+        lora_a.to(dtype), lora_b.to(dtype), _gate(gate), scale,
+    )  # fmt: skip
+    # Autograd does not see what a kernel writes, and must refuse a backward that saved the slots.
+    torch.autograd.graph.increment_version([slots.a_slots, slots.bt_slots, slots.gate])
+
+
+def flip_(table: Tensor, index: int, slot: int) -> None:
+    """table[index] = slot, on the stream."""
+    _ops.flip_cuda_(table, index, slot)
 
 
 def multi_add_(ys, x, slots, routing):

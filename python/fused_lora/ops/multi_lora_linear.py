@@ -424,6 +424,9 @@ def _add(y, x, slots, route, out_offsets, backend):
     ]
     if backend != "torch":
         dispatch.kernels(backend).multi_add_(parts, rows, slots, route)
+        if not y.is_inference():
+            # The kernels write unseen by autograd, which must refuse a backward that saved y.
+            torch.autograd.graph.increment_version(y)
         return
     for part, own in zip(parts, slots, strict=True):
         if _on_host(x):
