@@ -1,5 +1,5 @@
-"""Builds csrc/ for the CPU: the bindings and kernels themselves, with emulator/emulator.h in place of
-the GPU."""
+"""Builds csrc/ for the CPU: the bindings and kernels themselves, with emulator/emulator.h in place
+of the GPU."""
 
 import hashlib
 import importlib.util

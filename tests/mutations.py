@@ -47,14 +47,17 @@ def copy_package(package: Path, kernels: Path, to: Path, fault: Fault | None = N
         dirs_exist_ok=True,
     )
     if fault is not None:
-        path = to / "fused_lora" / fault.file
-        source = path.read_text()
-        assert source.count(fault.old) == 1, (
-            f"{fault.file} holds {source.count(fault.old)} times, not once, what a fault replaces: "
-            f"{fault.old!r}"
-        )
-        path.write_text(source.replace(fault.old, fault.new))
+        plant(fault, to / "fused_lora" / fault.file)
     return to
+
+
+def plant(fault: Fault, path: Path) -> None:
+    source = path.read_text()
+    assert source.count(fault.old) == 1, (
+        f"{fault.file} holds {source.count(fault.old)} times, not once, what a fault replaces: "
+        f"{fault.old!r}"
+    )
+    path.write_text(source.replace(fault.old, fault.new))
 
 
 class _Outcomes(dict):
@@ -70,7 +73,8 @@ class _Outcomes(dict):
         self[node.nodeid] = CAUGHT if by_assertion else f"{call.when}: {call.excinfo.exconly()}"
 
 
-def _run_tests(source: Path, tests: list[str], sender) -> None:
+def _run_tests(source: Path, tests: list[str], sender, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     gc.freeze()  # what the server loaded outlives this process
     log = os.open(source / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -97,10 +101,10 @@ def _run_tests(source: Path, tests: list[str], sender) -> None:
     sender.send(dict(outcomes))
 
 
-def run_tests(source: Path, tests: list[str]) -> tuple[list[str], str]:
+def run_tests(source: Path, tests: list[str], **environment: str) -> tuple[list[str], str]:
     """(what became of each test, the end of what they printed), with the package from `source`."""
     receiver, sender = _server.Pipe(duplex=False)
-    process = _server.Process(target=_run_tests, args=(source, tests, sender))
+    process = _server.Process(target=_run_tests, args=(source, tests, sender, environment))
     process.start()
     sender.close()
     try:

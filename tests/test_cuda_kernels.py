@@ -1,7 +1,9 @@
-"""The CUDA C++ kernels beyond what the ops' own tests ask of every backend: each tile and split, the
-decoding forms, bfloat16, and bits that do not depend on who comes first."""
+"""The CUDA C++ kernels beyond what the ops' own tests ask of every backend: each tile and split,
+the decoding forms, bfloat16, and bits that do not depend on who comes first."""
 
+import ctypes
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +72,7 @@ def test_every_way_to_read(kernels, op, sizes, kinds):
         assert_accurate("t", (kernels.shrink(left, right)[0],), product, (left, right))
     else:
         v = put((N, M), kinds[1], torch.float16).t()
-        assert_accurate(
-            "p", (kernels.row_reduce_x(left, v),), lambda x, v: (v.t() @ x,), (left, v)
-        )
+        assert_accurate("p", (kernels.row_reduce_x(left, v),), lambda x, v: (v.t() @ x,), (left, v))
 
 
 @dtypes
@@ -102,8 +102,9 @@ def plain_lora(x, weight, a, b, bias, gate):
 
 @given(
     M=st.integers(1, 64), K=st.sampled_from((1, 8, 33, 256, 520)), N=st.sampled_from((1, 31, 65)),
-    R=st.sampled_from((1, 8, 17, 64)), dtype=st.sampled_from(HALF), kinds=st.tuples(layouts, layouts),
-    bias=st.booleans(), gate=st.booleans(), splits_at=st.sampled_from((None, 128)),
+    R=st.sampled_from((1, 8, 17, 64)), dtype=st.sampled_from(HALF),
+    kinds=st.tuples(layouts, layouts), bias=st.booleans(), gate=st.booleans(),
+    splits_at=st.sampled_from((None, 128)),
 )  # fmt: skip
 @fuzz(40)
 def test_decode(M, K, N, R, dtype, kinds, bias, gate, splits_at):
@@ -148,7 +149,8 @@ def test_decoding_of_many_adapters(kind, M, dtype):
     fl.multi_lora_add_(base, tensors[0], slots_of(tensors), ids, backend="cuda")
     fl.multi_lora_add_(part, tensors[0], slots_of(tensors), ids, out_offset=100, backend="cuda")
     added = part[:, 100:170]
-    assert torch.equal(part[:, :100], before[:, :100]) and torch.equal(part[:, 170:], before[:, 170:])
+    for others in (slice(0, 100), slice(170, None)):
+        assert torch.equal(part[:, others], before[:, others])
 
     def plain_add(y, x, *rest):
         zero = torch.zeros(70, x.shape[1], dtype=x.dtype, device=x.device)
@@ -175,7 +177,8 @@ def test_bits_do_not_depend_on_the_order_of_blocks(dtype, p, M):
         z = fl.lora_linear(x, weight, a, b, bias, scale=0.5, dropout_p=p, seed=5, backend="cuda")
         with torch.no_grad():
             few = fl.lora_linear(x, weight, a, b, bias, scale=0.5, backend="cuda")
-        return [y, z, few, *torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(z, x, dy)[0]]
+        grads = *torch.autograd.grad(y, (x, weight), dy), *torch.autograd.grad(z, x, dy)
+        return [y, z, few, *grads]
 
     first = step()
     for _ in range(3 if DEVICE == "cpu" else 250):
@@ -204,7 +207,9 @@ def test_a_row_does_not_depend_on_the_others(dtype):
 def test_counters_are_left_at_zero(kernels, monkeypatch):
     made = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(kernels, "_zeroed_counters", lambda blocks, device: made)
-    x, weight, a, b = (put(s, dtype=torch.float16) for s in ((3, 900), (70, 900), (4, 900), (70, 4)))
+    x, weight, a, b = (
+        put(s, dtype=torch.float16) for s in ((3, 900), (70, 900), (4, 900), (70, 4))
+    )
     first = kernels.decode(x, weight, a, b, splits_at=128)
     assert not made.any()
     assert torch.equal(kernels.decode(x, weight, a, b, splits_at=128), first)
@@ -223,6 +228,96 @@ def test_the_backward_drops_what_the_forward_dropped(seed, p):
     da = row_reduce_x(x, dh, dropout=dropout, bits=bits)
     keep = reference.dropout_mask(seed, 77, 35, p)
     assert torch.equal(da[0], keep.sum(0).float())
+
+
+class Watch:
+    """Of the emulated device: how many bytes of a tensor the calls within read."""
+
+    def __init__(self, t: torch.Tensor):
+        self.library = ctypes.CDLL(os.environ["FUSED_LORA_EMULATED"])
+        self.library.emulator_bytes_read.restype = ctypes.c_uint64
+        self.library.emulator_bank_conflicts.restype = ctypes.c_uint64
+        self.first, self.size = t.data_ptr(), t.numel() * t.itemsize
+
+    def __enter__(self):
+        first = ctypes.c_void_p(self.first)
+        self.library.emulator_watch(first, ctypes.c_void_p(self.first + self.size))
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    @property
+    def bytes(self) -> int:
+        return self.library.emulator_bytes_read()
+
+    @property
+    def times(self) -> float:
+        return self.bytes / self.size
+
+    @property
+    def bank_conflicts(self) -> int:
+        return self.library.emulator_bank_conflicts()
+
+
+emulated_only = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU ncu counts")
+
+
+@emulated_only
+@dtypes
+def test_large_operands_are_read_once(kernels, dtype):
+    """By shrink, by row_reduce, which makes two products of one read, and by decode at any M."""
+    M, K, N, R = 200, 640, 384, 16
+    x, dy, h = (put(s, dtype=dtype) for s in ((M, K), (M, N), (M, R)))
+    a, b = put((R, K), dtype=dtype), put((N, R), dtype=dtype)
+    weight = put((N, K), dtype=dtype)
+    with Watch(x) as watch:
+        kernels.shrink(x, a, save_h=True)
+    assert watch.times == 1
+    with Watch(dy) as watch:
+        kernels.row_reduce_dy(dy, b, h, scale=1.0, need_dgate=True)
+    assert watch.times == 1
+    with Watch(x) as watch:
+        kernels.row_reduce_x(x, h)
+    assert watch.times == 1
+    with Watch(weight) as watch:
+        kernels.segment_gemm([(x[:64], weight), (h[:64], b)], block_m=64)
+    assert watch.times == 1
+    if dtype != torch.float32:
+        for rows in (1, 17, 64):
+            with Watch(weight) as watch:
+                kernels.decode(x[:rows], weight, a, b)
+            assert watch.times == 1
+
+
+@emulated_only
+@pytest.mark.parametrize("kind", ["different", "equal", "none"])
+def test_slots_are_read_up_to_their_ranks(kind):
+    """Decoding reads a row's own slot and no more, and tiles the adapters that are present."""
+    for M in (7, 80):
+        tensors = make(M, 512, 64, RAGGED, dtype=torch.float16)
+        ids, ranks = ids_of(kind, M, 7), torch.tensor(RAGGED)
+        with Watch(tensors[3]) as watch:
+            fl.multi_lora_linear(*tensors[:2], slots_of(tensors), ids, backend="cuda")
+        rows = torch.bincount(ids[ids >= 0], minlength=7)
+        reads = rows if M <= 64 else -(-rows // 64)
+        want = (reads * ranks * 512 * 2).sum().item()
+        assert watch.bytes == want
+
+
+@emulated_only
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_no_two_rows_of_an_ldmatrix_share_a_bank(dtype):
+    tensors = [put(s, dtype=dtype) for s in ((70, 200), (130, 200), (17, 200), (130, 17))]
+    tensors = [t.requires_grad_() for t in tensors]
+    with Watch(tensors[0]) as watch:
+        for p in (0.0, 0.3):
+            y = fl.lora_linear(*tensors, scale=0.5, dropout_p=p, backend="cuda")
+            torch.autograd.grad(y, tensors, torch.ones_like(y))
+        few = [tensors[0], tensors[1], tensors[2][:8], tensors[3][:, :8]]
+        y = fl.lora_linear(*few, scale=0.5, backend="cuda")
+        torch.autograd.grad(y, few, torch.ones_like(y))
+    assert watch.bank_conflicts == 0 and watch.times > 0
 
 
 BAD = {

@@ -102,8 +102,9 @@ import sys, torch
 before = set(sys.modules)
 import fused_lora
 new = set(sys.modules) - before
+kernels = "triton_kernels", "cuda_kernels", "_C"
 print(sorted(m for m in new if m.split(".")[0] in ("triton", "triton_kernels")
-             or m.startswith("fused_lora.") and m.split(".")[1] in ("triton_kernels", "cuda_kernels", "_C")))
+             or m.startswith("fused_lora.") and m.split(".")[1] in kernels))
 """
     assert fresh(code) == "[]"
 

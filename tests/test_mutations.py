@@ -1,11 +1,14 @@
 """The test of the suite: a fault planted in a copy of the package fails the test beside it."""
 
+import shutil
 from pathlib import Path
 
+import emulated
 import fused_lora.triton_kernels
 import pytest
+from cases import CUDA_REFUSES
 from conftest import DEVICE
-from mutations import CAUGHT, PASSED, Fault, copy_package, run_tests
+from mutations import CAUGHT, PASSED, Fault, copy_package, plant, run_tests
 
 import fused_lora
 
@@ -724,8 +727,165 @@ FAULTS = {
 }
 
 
+# In csrc/, which is then built for the emulated device.
+CUDA_FAULTS = {
+    "cuda: 6 rounds of Philox": Fault(
+        "common/philox.cuh",
+        "round < 7",
+        "round < 6",
+        "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-cuda]",
+    ),
+    "cuda: the mask of the next eight columns": Fault(
+        "common/tile.cuh",
+        "call = col / 8 + i % kCalls;",
+        "call = col / 8 + (i + 1) % kCalls;",
+        ROWS.format("cuda"),
+    ),
+    "cuda: a chunk at the end of a row is copied whole": Fault(
+        "common/tile.cuh",
+        "left < kChunk<T> ? int(left) : kChunk<T>;",
+        "kChunk<T>;",
+        "test_cuda_kernels.py::test_every_way_to_read[kinds0-sizes3-shrink]",
+    ),
+    "cuda: tiles are swizzled where they are written alone": Fault(
+        "common/tile.cuh",
+        "return chunk(row, col / kChunk<T>) + col % kChunk<T>;",
+        "return row * COLS + col;",
+        "test_cuda_kernels.py::test_every_tile[64-(17, 65)-torch.float16]",
+    ),
+    "cuda: no swizzle": Fault(
+        "common/tile.cuh",
+        "index ^ (row / kRowsOfABank & kSwizzle)",
+        "index ^ (row & 0)",
+        "test_cuda_kernels.py::test_no_two_rows_of_an_ldmatrix_share_a_bank[torch.float16]",
+    ),
+    "cuda: halves of the right fragment swapped": Fault(
+        "common/tile.cuh",
+        "{b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]}",
+        "{b[j / 2][j % 2 * 2 + 1], b[j / 2][j % 2 * 2]}",
+        "test_cuda_kernels.py::test_every_tile[64-(17, 65)-torch.float16]",
+    ),
+    "cuda: one copy too many under way": Fault(
+        "segment_gemm.cuh",
+        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait<kStages - 1>();",
+        "test_cuda_kernels.py::test_every_tile[64-(17, 65)-torch.float16]",
+    ),
+    "cuda: a stage is filled while it is read": Fault(
+        "shrink.cuh",
+        "sync_block();  // this step's tiles are there, and all warps are done with "
+        "those of the last",
+        "",
+        "test_cuda_kernels.py::test_splits_of_a_long_k[16-None-torch.float16]",
+    ),
+    "cuda: products of elements that are still to be dropped": Fault(
+        "shrink.cuh",
+        "nullptr);\n      sync_block();",
+        "nullptr);",
+        "test_cuda_kernels.py::test_splits_of_a_long_k[16-0.3-torch.float16]",
+    ),
+    "cuda: shrink: the keep scale left out": Fault(
+        "shrink.cuh",
+        "values[e] * p.dropout.keep_scale",
+        "values[e]",
+        ROWS.format("cuda"),
+    ),
+    "cuda: shrink: all splits in one plane": Fault(
+        "shrink.cuh",
+        "p.planes[int64_t(block_id().y) * M * adapters.R + out] = h;",
+        "p.planes[out] = h;",
+        "test_cuda_kernels.py::test_splits_of_a_long_k[16-None-torch.float32]",
+    ),
+    "cuda: segment_gemm: the mask after all segments": Fault(
+        "segment_gemm.cuh",
+        "if (!masked && at.segment >= p.masked) {",
+        "if (false) {",
+        ROWS.format("cuda"),
+    ),
+    "cuda: segment_gemm: t of other rows' adapters": Fault(
+        "segment_gemm.cuh",
+        "return slot_of_row[row] == slot ? rows(row) : -1;",
+        "return rows(row);",
+        RAGGED.format("different", "cuda"),
+    ),
+    "cuda: segment_gemm: an adapter twice": Fault(
+        "segment_gemm.cuh",
+        "is_first = slot_of_row[i] != slot_of_row[row];",
+        "is_first = true;",
+        RAGGED.format("different", "cuda"),
+    ),
+    "cuda: segment_gemm: y is not added to": Fault(
+        "segment_gemm.cuh",
+        "if (p.add) value +=",
+        "if (false) value +=",
+        "test_multi_lora_linear.py::test_autograd_sees_that_y_was_written[70-cuda]",
+    ),
+    "cuda: row_reduce: the last rows left out": Fault(
+        "row_reduce.cuh",
+        "const int64_t steps = divide_up(last - tile.first, BM);",
+        "const int64_t steps = (last - tile.first) / BM;",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes[cuda]",
+    ),
+    "cuda: row_reduce: u of the first block of columns alone": Fault(
+        "row_reduce.cuh",
+        "p.u + (block_c * M + m) * R",
+        "p.u + m * R",
+        "test_row_reduce.py::test_dy[cuda]",
+    ),
+    "cuda: planes: the gate in its own gradient": Fault(
+        "planes.cuh",
+        "if (p.scaled) sum *= p.adapters.scale_of(slot);",
+        "if (p.scaled) sum *= p.adapters.scale_of(slot) * p.adapters.gate_of(slot, r);",
+        "test_row_reduce.py::test_dy[cuda]",
+    ),
+    "cuda: planes: the first plane alone": Fault(
+        "planes.cuh",
+        "live && count > 0; --count, ++tile",
+        "live && count > 0; count = 0",
+        "test_row_reduce.py::test_long_columns_are_added_in_planes[cuda]",
+    ),
+    "cuda: adapters: tiles of the first of 32": Fault(
+        "common/adapters.cuh",
+        "before += shuffle(after, 31);",
+        "",
+        MANY.format("cuda"),
+    ),
+    "cuda: decode: the first warp's part of K alone": Fault(
+        "decode.cuh",
+        "turn == 0 ? values[e] : *to + values[e]",
+        "turn == 0 ? values[e] : *to",
+        "test_cuda_kernels.py::test_decode",
+    ),
+    "cuda: decode: the last block's part alone": Fault(
+        "decode.cuh",
+        "for (int s = 0; s < p.splits; ++s) sum[e] += p.parts",
+        "for (int s = 0; s < 1; ++s) sum[e] += p.parts",
+        "test_cuda_kernels.py::test_decode",
+    ),
+    "cuda: decode: the halves of 16 bytes for the wrong step": Fault(
+        "decode.cuh",
+        "one[2] = {x[j].x, x[j].y}, two[2] = {x[j].z, x[j].w}",
+        "one[2] = {x[j].x, x[j].z}, two[2] = {x[j].y, x[j].w}",
+        "test_cuda_kernels.py::test_decode",
+    ),
+    "cuda: decode: the gate of slot 0": Fault(
+        "decode.cuh",
+        "t *= scale * p.adapters.gate_of(slot, r);",
+        "t *= scale * p.adapters.gate_of(0, r);",
+        "test_cuda_kernels.py::test_decoding_of_many_adapters[9-dtype0-different]",
+    ),
+    "cuda: bank: rank rows of the adapter before stay": Fault(
+        "bank.cuh",
+        "p.bt[r * p.N + n] = live ?",
+        "if (live) p.bt[r * p.N + n] = live ?",
+        "test_bank.py::test_rank_rows_past_the_rank_are_zero[cuda]",
+    ),
+}
+
+
 def test_every_test_passes_without_a_fault(tmp_path):
-    tests = sorted({fault.test for fault in FAULTS.values()})
+    faults = *FAULTS.values(), *(CUDA_FAULTS.values() if CUDA_REFUSES is None else ())
+    tests = sorted({fault.test for fault in faults})
     outcomes, printed = run_tests(copy_package(PACKAGE, KERNELS, tmp_path), tests)
     assert outcomes == [PASSED] * len(tests), printed
 
@@ -734,5 +894,19 @@ def test_every_test_passes_without_a_fault(tmp_path):
 def test_fault_is_caught(name, tmp_path):
     fault = FAULTS[name]
     outcomes, printed = run_tests(copy_package(PACKAGE, KERNELS, tmp_path, fault), [fault.test])
+    assert outcomes != [PASSED], f"the fault {name!r} survived {fault.test}"
+    assert outcomes == [CAUGHT], f"{name!r} broke {fault.test}: {outcomes}\n{printed}"
+
+
+@pytest.mark.skipif(CUDA_REFUSES is not None, reason=str(CUDA_REFUSES))
+@pytest.mark.parametrize("name", CUDA_FAULTS)
+def test_fault_in_csrc_is_caught(name, tmp_path):
+    fault, csrc = CUDA_FAULTS[name], tmp_path / "csrc"
+    shutil.copytree(emulated.ROOT / "csrc", csrc)
+    plant(fault, csrc / fault.file)
+    library = emulated.build(csrc)
+    source = copy_package(PACKAGE, KERNELS, tmp_path / "package")
+    outcomes, printed = run_tests(source, [fault.test], FUSED_LORA_EMULATED=str(library))
+    library.unlink()
     assert outcomes != [PASSED], f"the fault {name!r} survived {fault.test}"
     assert outcomes == [CAUGHT], f"{name!r} broke {fault.test}: {outcomes}\n{printed}"

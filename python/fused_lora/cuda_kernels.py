@@ -375,9 +375,7 @@ def multi_add_(ys, x, slots, routing):
     """y [M, N] += scale_j g_j ⊙ (x_i A_j^T) B_j^T in place, for lists of y of any strides and of
     slots."""
     if x.shape[0] <= DECODE_ROWS:
-        banks = [
-            (own.a_slots, own.bt_slots, own.gate, _many(own, routing), 1.0) for own in slots
-        ]
+        banks = [(own.a_slots, own.bt_slots, own.gate, _many(own, routing), 1.0) for own in slots]
         _decode(ys, x, None, None, banks)
         return
     for y, own in zip(ys, slots, strict=True):

@@ -15,6 +15,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -48,6 +49,12 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;
 };
 
+struct Free {
+  void operator()(unsigned char* memory) const {
+    ::operator delete[](memory, std::align_val_t(128));
+  }
+};
+
 // Where the lanes of a warp, or the threads of a block, meet.
 struct Meeting {
   int arrived = 0;
@@ -64,12 +71,16 @@ struct Machine {
   int threads = 0;
   dim3 grid;
   uint3 block;
-  std::unique_ptr<unsigned char[]> memory;
+  std::unique_ptr<unsigned char[], Free> memory;
   size_t memory_bytes = 0;
   ucontext_t scheduler;
   std::function<void()> kernel;
   std::string error;
   std::mt19937 random{1};
+  // What a test may ask: the bytes read of one range of memory, and how many groups of eight rows
+  // that an ldmatrix reads at once lay in the same banks.
+  const char *first = nullptr, *last = nullptr;
+  uint64_t bytes_read = 0, bank_conflicts = 0;
 };
 
 inline Machine machine;
@@ -119,11 +130,16 @@ inline void aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail("an address is not aligned");
 }
 
+inline void reads(const void* address, int bytes) {
+  const char* first = static_cast<const char*>(address);
+  if (first >= machine.first && first < machine.last) machine.bytes_read += uint64_t(bytes);
+}
+
 inline void run_block() {
   Machine& m = machine;
   m.warps.assign(m.threads / 32, Meeting());
   m.barrier = Meeting();
-  m.memory.reset(new unsigned char[m.memory_bytes]);
+  m.memory.reset(new (std::align_val_t(128)) unsigned char[m.memory_bytes]);
   std::memset(m.memory.get(), 0xff, m.memory_bytes);
   while (int(m.fibers.size()) < m.threads) m.fibers.push_back(std::make_unique<Fiber>());
   for (int i = 0; i < m.threads; ++i) {
@@ -222,6 +238,7 @@ T shuffle_xor(T value, int mask) {
 inline void copy_async(void* to, const void* from, int bytes) {
   emulator::aligned(to, 16);
   emulator::aligned(from, 16);
+  emulator::reads(from, bytes);
   emulator::machine.self->open.push_back({to, from, bytes});
 }
 
@@ -254,6 +271,13 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
   emulator::together<Given>(
       given,
       [](Given* const* all) {
+        for (int i = 0; i < 4; ++i) {
+          unsigned banks = 0;
+          for (int row = 0; row < 8; ++row) {
+            banks |= 1u << (reinterpret_cast<uintptr_t>(all[8 * i + row]->row) / 16 % 8);
+          }
+          emulator::machine.bank_conflicts += banks != 0xff;
+        }
         for (int lane = 0; lane < 32; ++lane) {
           const int g = lane / 4, q = lane % 4;
           for (int i = 0; i < 4; ++i) {
@@ -309,6 +333,7 @@ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 inline uint4 load_cached(const void* from) {
   emulator::aligned(from, 16);
+  emulator::reads(from, 16);
   return *static_cast<const uint4*>(from);
 }
 inline uint4 load_streamed(const void* from) { return load_cached(from); }
@@ -352,3 +377,20 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
 }
 
 }  // namespace fused_lora
+
+// For a test, which loads the library: counts from here on, of reads in first .. last.
+extern "C" __attribute__((used, visibility("default"))) inline void emulator_watch(
+    const char* first, const char* last) {
+  auto& machine = fused_lora::emulator::machine;
+  machine.first = first;
+  machine.last = last;
+  machine.bytes_read = machine.bank_conflicts = 0;
+}
+
+extern "C" __attribute__((used, visibility("default"))) inline uint64_t emulator_bytes_read() {
+  return fused_lora::emulator::machine.bytes_read;
+}
+
+extern "C" __attribute__((used, visibility("default"))) inline uint64_t emulator_bank_conflicts() {
+  return fused_lora::emulator::machine.bank_conflicts;
+}

@@ -16,7 +16,11 @@ def tight(*shape, dtype):
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for M, K, N, R in ((1, 1, 1, 1), (5, 65, 33, 3), (33, 200, 65, 17), (65, 72, 129, 70)):
         x, w, a = (tight(*s, dtype=dtype).requires_grad_() for s in ((M, K), (N, K), (R, K)))
-        b, bias, gate = tight(N, R, dtype=dtype).requires_grad_(), tight(N, dtype=dtype), torch.randn(R)
+        b, bias, gate = (
+            tight(N, R, dtype=dtype).requires_grad_(),
+            tight(N, dtype=dtype),
+            torch.randn(R),
+        )
         gate.requires_grad_()
         with torch.no_grad():
             fl.lora_linear(x, w, a, b, bias, scale=0.5, gate=gate, backend="cuda")
@@ -25,7 +29,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             y.sum().backward()
         bank = fl.AdapterBank(K, N, 3, R, dtype=dtype)
         for name, r in (("one", R), ("two", 1)):
-            bank.add(name, tight(r, K, dtype=dtype), tight(N, r, dtype=dtype), scale=0.5, trainable=True)
+            bank.add(
+                name, tight(r, K, dtype=dtype), tight(N, r, dtype=dtype), scale=0.5, trainable=True
+            )
         ids = torch.randint(-1, 3, (M,))
         for p in (0.0, 0.3):
             y = fl.multi_lora_linear(x, w, bank, ids, bias, dropout_p=p, backend="cuda")

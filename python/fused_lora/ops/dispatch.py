@@ -1,8 +1,8 @@
 """Which backend runs an op, and why the others do not.
 
 "torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda"
-needs that and the compiled extension. Nothing falls back: a backend that was asked for runs or raises the
-reason.
+needs that and the compiled extension. Nothing falls back: a backend that was asked for runs or
+raises the reason.
 """
 
 import contextlib

@@ -408,9 +408,7 @@ def backward_kernels(backend, dy, x, weight, slots, route, h, seed, dropout_p, n
         dgate = kernels.multi_row_reduce(dy, h, slots, route, dbt, scaled=True, w=w)
     if need_dx:
         mask = drop and (kernels.dropout_bits(seed, *x.shape, drop[1]), drop[2])
-        dx = kernels.multi_segment_gemm(
-            dy, weight.t(), dh, slots.a_slots, slots, route, mask=mask
-        )
+        dx = kernels.multi_segment_gemm(dy, weight.t(), dh, slots.a_slots, slots, route, mask=mask)
     return dx, da, dbt if need_db else None, dgate
 
 
