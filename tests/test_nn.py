@@ -13,8 +13,8 @@ from torch.nn import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import nn as fnn
 from fused_lora.nn import LoRALinear, SoRALinear
+from fused_lora.nn import linear as of_one_adapter
 from fused_lora.testing import assert_accurate
 
 K, N, R = 24, 18, 5
@@ -270,7 +270,7 @@ REFUSED = {
     r"Linear4bit; only a plain torch\.nn\.Linear": lambda: Linear4bit(4, 4),
     "NonDynamicallyQuantizableLinear": lambda: torch.nn.MultiheadAttention(4, 2).out_proj,
     r"torch\.nn\.modules\.conv\.Conv2d": lambda: torch.nn.Conv2d(4, 4, 1),
-    "is a fused_lora.nn.LoRALinear": lambda: LoRALinear(4, 4),
+    "is a fused_lora.nn.linear.LoRALinear": lambda: LoRALinear(4, 4),
     "ParametrizedLinear": lambda: torch.nn.utils.parametrizations.weight_norm(Linear(4, 4)),
     "weight must have dtype .*, got complex64": lambda: Linear(4, 4, dtype=torch.complex64),
     "weight must have dtype .*, got float8_e4m3fn": lambda: _with(
@@ -442,7 +442,7 @@ def half_ulp(t):
 def test_merge_rounds_once_and_unmerge_gives_back(
     cls, keep_base, dtype, masters, block, monkeypatch
 ):
-    monkeypatch.setattr(fnn, "_MERGE_BLOCK", block)
+    monkeypatch.setattr(of_one_adapter, "_MERGE_BLOCK", block)
     layer = make(cls, dtype, adapter_dtype=torch.float32 if masters else None).eval()
     weight, before, want = layer.weight, layer.weight.detach().clone(), merged_in_fp64(layer)
     # What the fp32 (fp64) sum may add to the one rounding.
@@ -516,7 +516,7 @@ class LargestAllocation(TorchDispatchMode):
 
 @halves
 def test_no_second_weight_is_made(dtype, monkeypatch):
-    monkeypatch.setattr(fnn, "_MERGE_BLOCK", 4096)
+    monkeypatch.setattr(of_one_adapter, "_MERGE_BLOCK", 4096)
     layer = make(SoRALinear, dtype, k=128, n=1000, r=4)
     with LargestAllocation(*layer.parameters()) as mode:
         layer.merge()

@@ -57,7 +57,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch, tmp_path, capsys):
     def wrong(x, weight, a, b, *args, **options):
         return right(x, weight, a, b, *args, **options | {"scale": 1.01 * options["scale"]})
 
-    monkeypatch.setattr("fused_lora.nn.lora_linear", wrong)
+    monkeypatch.setattr("fused_lora.nn.linear.lora_linear", wrong)
     arguments = ["--stage", "cpu-quick", "--only", "torch", "--rounds", "2", "--device", "cpu"]
     threads = torch.get_num_threads()
     assert step.main([*arguments, "--out", str(tmp_path)]) == 1

@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fused_lora.nn import (
-    GATE_INITS,
-    KEEP_BASE,
-    LoRALinear,
-    SoRALinear,
+from fused_lora.nn.checks import (
     check_choice,
     check_linear,
     check_number,
     check_probability,
     check_rank,
 )
+from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fused_lora.checkpoint import AdapterWeights, read_adapter
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
-from fused_lora.nn import MultiLoRALinear, check_linear
+from fused_lora.nn import MultiLoRALinear
+from fused_lora.nn.checks import check_linear
 from fused_lora.ops.routing import AdapterRouting
 
 

@@ -1,4 +1,4 @@
-"""Optimisers for the parameters of adapters that plain gradient steps do not serve."""
+"""SoRA: the proximal step that drives gates to exact zeros (arXiv 2311.11696)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.nn import check_number
+from fused_lora.nn.checks import check_number
 from fused_lora.ops.soft_threshold import soft_threshold_
-
-__all__ = ["SoRA", "soft_threshold_"]
 
 
 class SoRA(torch.optim.Optimizer):

@@ -1,11 +1,11 @@
-"""Modules: they hold the parameters and call the ops.
+"""A linear layer with one adapter, with or without a gate.
 
 Symbols: x [..., K], weight W0 [N, K] and bias [N] frozen, lora_a A [R, K], lora_b B [N, R], gate g
 [R].
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_lora.bank import AdapterBank
+from fused_lora.nn.checks import (
+    check_choice,
+    check_linear,
+    check_number,
+    check_probability,
+    check_rank,
+)
 from fused_lora.ops import validation as check
 from fused_lora.ops.lora_linear import lora_linear
-from fused_lora.ops.multi_lora_linear import multi_lora_linear
-from fused_lora.ops.routing import AdapterRouting
 
 KEEP_BASE = ("none", "cpu", "device")
 GATE_INITS = ("normal", "ones")
@@ -30,65 +34,6 @@ Layer = TypeVar("Layer", bound="LoRALinear")
 
 # One product scale * B diag(g) A: (scale, lora_a, lora_b, gate).
 Product = tuple[float, Tensor, Tensor, Tensor | None]
-
-
-def check_rank(name: str, r) -> None:
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"{name} must be an int, got {r!r} of type {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"{name} must be at least 1, got {r}")
-
-
-def check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_probability(name: str, p) -> None:
-    check_number(name, p)
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {p}")
-
-
-def check_choice(name: str, value, choices: Sequence) -> None:
-    # 1 == True, yet it is not that choice.
-    if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_linear(name: str, linear) -> None:
-    """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor."""
-    kind = type(linear)
-    if kind is not torch.nn.Linear:
-        raise TypeError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}; only a plain torch.nn.Linear can "
-            f"be adapted, because what a subclass computes is not known"
-        )
-    for own, t in linear.named_parameters():
-        if own not in ("weight", "bias"):
-            raise TypeError(f"{name} has a parameter {own!r} that a plain torch.nn.Linear has not")
-        if type(t) is not Parameter or t.layout != torch.strided:
-            raise TypeError(
-                f"{name}.{own} is a {type(t).__name__} of layout {t.layout}; a plain dense tensor "
-                f"is wanted"
-            )
-        if t.dtype not in check.DTYPES:
-            raise TypeError(
-                f"{name}.{own} must have dtype {check.names(check.DTYPES)}, got "
-                f"{check.names([t.dtype])}"
-            )
-    hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
-    )
-    if any(hooks) or "forward" in vars(linear):
-        raise TypeError(
-            f"{name} has hooks or its own forward, which would be lost; remove them first"
-        )
 
 
 def lora_scale(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -470,115 +415,3 @@ class SoRALinear(LoRALinear):
             )
 
         return super()._apply(keep_gate_wide, recurse)
-
-
-class MultiLoRALinear(torch.nn.Linear):
-    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base
-    alone. A linear layer with many adapters (see fused_lora.multi_lora_linear).
-
-    A drop-in replacement of nn.Linear: weight and bias keep their names and are frozen. The
-    adapters are in `bank`, an AdapterBank; they follow the layer to another device, and are no part
-    of its state_dict. forward takes the ids of x's rows, or of its first dimensions; without ids it
-    takes those of the AdapterStore that the layer belongs to (store.route), and where there are
-    none it is the base layer.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in nn.Linear.
-        max_adapters, max_rank: of the bank.
-        lora_dropout: probability of dropping an element of the adapters' input, in training.
-        adapter_dtype: dtype of the bank; None is the weight's, torch.float32 keeps masters.
-
-    Raises TypeError and ValueError that name the argument, before anything is allocated.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        max_adapters: int,
-        max_rank: int,
-        lora_dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
-        self._check_bank(dtype or torch.get_default_dtype(), lora_dropout, adapter_dtype)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_bank(max_adapters, max_rank, lora_dropout, adapter_dtype)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: torch.nn.Linear,
-        max_adapters: int,
-        max_rank: int,
-        lora_dropout: float = 0.0,
-        *,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> "MultiLoRALinear":
-        """The form of `linear` that takes adapters; it shares its Parameters and freezes them.
-
-        Raises TypeError for anything but a plain nn.Linear, as LoRALinear.from_linear does.
-        """
-        check_linear("linear", linear)
-        cls._check_bank(linear.weight.dtype, lora_dropout, adapter_dtype)
-        layer = cls.__new__(cls)
-        torch.nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._add_bank(max_adapters, max_rank, lora_dropout, adapter_dtype)
-        return layer.train(linear.training)
-
-    @staticmethod
-    def _check_bank(weight_dtype, lora_dropout, adapter_dtype) -> None:
-        check_probability("lora_dropout", lora_dropout)
-        if adapter_dtype not in (None, torch.float32, weight_dtype):
-            raise TypeError(
-                f"adapter_dtype must be None, torch.float32 or the weight's dtype, got "
-                f"{adapter_dtype} for a weight of dtype {weight_dtype}"
-            )
-
-    def _add_bank(self, max_adapters, max_rank, lora_dropout, adapter_dtype) -> None:
-        self.requires_grad_(False)
-        self.lora_dropout = lora_dropout
-        self.bank = AdapterBank(
-            self.in_features,
-            self.out_features,
-            max_adapters,
-            max_rank,
-            dtype=adapter_dtype or self.weight.dtype,
-            device=self.weight.device,
-        )
-        # What an AdapterStore sets: the routing of the batch that is under way, or None.
-        self.current_routing: Callable[[], AdapterRouting | None] = _no_routing
-
-    def forward(self, input: Tensor, adapter_ids: Tensor | AdapterRouting | None = None) -> Tensor:
-        ids = self.current_routing() if adapter_ids is None else adapter_ids
-        if ids is None:
-            return F.linear(input, self.weight, self.bias)
-        return multi_lora_linear(
-            input,
-            self.weight,
-            self.bank,
-            ids,
-            self.bias,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, max_adapters={self.bank.max_adapters}, "
-            f"max_rank={self.bank.max_rank}, adapters={len(self.bank)}"
-        )
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.bank._apply(fn)
-        return self
-
-
-def _no_routing() -> None:
-    return None

@@ -1,0 +1,124 @@
+"""A linear layer with many adapters, each row of its input with its own."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_lora.bank import AdapterBank
+from fused_lora.nn.checks import check_linear, check_probability
+from fused_lora.ops.multi_lora_linear import multi_lora_linear
+from fused_lora.ops.routing import AdapterRouting
+
+
+class MultiLoRALinear(torch.nn.Linear):
+    """y_i = x_i W0^T + b + s_j ((drop(x)_i A_j^T) * g_j) B_j^T with j = adapter_ids_i; -1: the base
+    alone. A linear layer with many adapters (see fused_lora.multi_lora_linear).
+
+    A drop-in replacement of nn.Linear: weight and bias keep their names and are frozen. The
+    adapters are in `bank`, an AdapterBank; they follow the layer to another device, and are no part
+    of its state_dict. forward takes the ids of x's rows, or of its first dimensions; without ids it
+    takes those of the AdapterStore that the layer belongs to (store.route), and where there are
+    none it is the base layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        max_adapters, max_rank: of the bank.
+        lora_dropout: probability of dropping an element of the adapters' input, in training.
+        adapter_dtype: dtype of the bank; None is the weight's, torch.float32 keeps masters.
+
+    Raises TypeError and ValueError that name the argument, before anything is allocated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_adapters: int,
+        max_rank: int,
+        lora_dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._check_bank(dtype or torch.get_default_dtype(), lora_dropout, adapter_dtype)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_bank(max_adapters, max_rank, lora_dropout, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: torch.nn.Linear,
+        max_adapters: int,
+        max_rank: int,
+        lora_dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "MultiLoRALinear":
+        """The form of `linear` that takes adapters; it shares its Parameters and freezes them.
+
+        Raises TypeError for anything but a plain nn.Linear, as LoRALinear.from_linear does.
+        """
+        check_linear("linear", linear)
+        cls._check_bank(linear.weight.dtype, lora_dropout, adapter_dtype)
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._add_bank(max_adapters, max_rank, lora_dropout, adapter_dtype)
+        return layer.train(linear.training)
+
+    @staticmethod
+    def _check_bank(weight_dtype, lora_dropout, adapter_dtype) -> None:
+        check_probability("lora_dropout", lora_dropout)
+        if adapter_dtype not in (None, torch.float32, weight_dtype):
+            raise TypeError(
+                f"adapter_dtype must be None, torch.float32 or the weight's dtype, got "
+                f"{adapter_dtype} for a weight of dtype {weight_dtype}"
+            )
+
+    def _add_bank(self, max_adapters, max_rank, lora_dropout, adapter_dtype) -> None:
+        self.requires_grad_(False)
+        self.lora_dropout = lora_dropout
+        self.bank = AdapterBank(
+            self.in_features,
+            self.out_features,
+            max_adapters,
+            max_rank,
+            dtype=adapter_dtype or self.weight.dtype,
+            device=self.weight.device,
+        )
+        # What an AdapterStore sets: the routing of the batch that is under way, or None.
+        self.current_routing: Callable[[], AdapterRouting | None] = _no_routing
+
+    def forward(self, input: Tensor, adapter_ids: Tensor | AdapterRouting | None = None) -> Tensor:
+        ids = self.current_routing() if adapter_ids is None else adapter_ids
+        if ids is None:
+            return F.linear(input, self.weight, self.bias)
+        return multi_lora_linear(
+            input,
+            self.weight,
+            self.bank,
+            ids,
+            self.bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, max_adapters={self.bank.max_adapters}, "
+            f"max_rank={self.bank.max_rank}, adapters={len(self.bank)}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.bank._apply(fn)
+        return self
+
+
+def _no_routing() -> None:
+    return None
