@@ -39,6 +39,7 @@ template <typename T, int BLOCK_R>
 __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_constant__ Params<T> p) {
   using S = Shape<T, BLOCK_R>;
   constexpr int BK = kBlockK<T>;
+  let_next_grid_begin();
   T* memory = reinterpret_cast<T*>(shared_memory());
   const int64_t M = p.x.rows, K = p.x.cols;
   const Adapters& adapters = p.adapters;

@@ -49,6 +49,7 @@ KERNELS = {
     "soft_threshold_kernel": 4,
     "shrink_kernel": 6,
     "segment_gemm_kernel": 8,
+    "segment_gemm_sm90_kernel": 6,
     "row_reduce_kernel": 6,
     "sum_rows_kernel": 3,
     "sum_columns_kernel": 5,
@@ -61,7 +62,7 @@ KERNELS = {
 OPS = (
     "soft_threshold_cuda_", "shrink_cuda", "segment_gemm_cuda", "row_reduce_cuda", "sum_rows_cuda",
     "sum_columns_cuda", "dropout_bits_cuda", "decode_shrink_cuda", "decode_cuda",
-    "write_slot_cuda_", "flip_cuda_",
+    "write_slot_cuda_", "flip_cuda_", "segment_gemm_sm90_cuda",
 )  # fmt: skip
 ARCHS = "sm_80", "sm_90a"
 
@@ -128,6 +129,64 @@ def test_memory_is_read_in_16_bytes_and_multiplied_by_tensor_cores(machine_code,
             for pattern in PRODUCTS.get(kernel, ()):
                 assert re.search(pattern, code), (arch, name, pattern)
     assert looked_at == len(ARCHS) * KERNELS[kernel]
+
+
+# What every instantiation of the Hopper kernel must have, and how often at least.
+HOPPER = {
+    r"HGMMA\.64x(256|192|128)x16\.F32(\.BF16)? R": 18,  # the steps of both orders, and their rest
+    r"HGMMA\..*tnspB": 9,
+    r"UTMALDG\.2D \[": 1,
+    r"UTMALDG\.2D\.MULTICAST": 1,
+    r"UTMASTG\.2D": 2,
+    r"STSM\.16\.M88\.4": 8,
+    r"USETMAXREG": 2,
+    r"ACQBULK": 1,  # griddepcontrol.wait
+    r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1": 2,  # a step's products run while the next one's begin
+}
+
+
+def hopper_code(machine_code) -> list[str]:
+    found = [
+        code
+        for (arch, name), code in machine_code.items()
+        if arch == "sm_90a" and "segment_gemm_sm90_kernel" in name
+    ]
+    assert len(found) == KERNELS["segment_gemm_sm90_kernel"]
+    return found
+
+
+def test_the_hopper_kernel_is_what_it_says(machine_code):
+    for code in hopper_code(machine_code):
+        for pattern, least in HOPPER.items():
+            assert len(re.findall(pattern, code)) >= least, pattern
+        # What ptxas puts in where it cannot keep products under way.
+        assert "HGMMA.64x8x16" not in code
+
+
+def test_a_step_of_the_hopper_kernel_fences_no_memory(machine_code):
+    for code in hopper_code(machine_code):
+        lines = code.splitlines()
+        at = [i for i, line in enumerate(lines) if "HGMMA" in line]
+        assert not [line for line in lines[at[0] : at[-1]] if "MEMBAR" in line]
+
+
+def test_the_hopper_kernel_is_empty_elsewhere(machine_code):
+    """It is compiled for sm_90a alone, and its launcher refuses other devices."""
+    for (arch, name), code in machine_code.items():
+        if arch == "sm_80" and "segment_gemm_sm90_kernel" in name:
+            assert len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.M)) <= 16
+
+
+def test_the_hopper_kernel_fits(library, cuobjdump):
+    """Registers: as many as all warps begin with; the producer gives some to the consumers."""
+    usage = re.findall(
+        r"Function (\S*segment_gemm_sm90_kernel\S*):\n.*?REG:(\d+) STACK:(\d+) SHARED:(\d+)",
+        run(cuobjdump, "-res-usage", library),
+    )
+    assert len(usage) == len(ARCHS) * KERNELS["segment_gemm_sm90_kernel"]
+    assert {int(registers) for _, registers, *_ in usage} <= {168, *range(33)}
+    # What is beyond these 1024 bytes, which the GPU itself takes, is held to 227 KiB by the source.
+    assert all(stack == "0" and int(shared) <= 1024 for *_, stack, shared in usage)
 
 
 def test_carries_ptx_for_later_gpus(library, cuobjdump):

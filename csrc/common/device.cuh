@@ -118,6 +118,14 @@ __device__ inline bool arrive_last(uint32_t* counter, uint32_t count) {
   return last;
 }
 
+// A kernel behind this one that was launched to overlap may begin as blocks of this one end. It then
+// waits, before it reads what this one writes, until all of this one has ended.
+__device__ inline void let_next_grid_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // kernel<<<...>>>(params), with as much shared memory as the chip gives.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,

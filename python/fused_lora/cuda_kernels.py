@@ -24,6 +24,10 @@ _library.define(
     "int block_m) -> ()"
 )
 _library.define(
+    "segment_gemm_sm90_cuda(Tensor[] lefts, Tensor[] rights, Tensor? bias, Tensor? bits, "
+    "int masked, float keep_scale, Tensor(a!) y, int block_m, int block_n, int waits_from) -> ()"
+)
+_library.define(
     "row_reduce_cuda(Tensor z, Tensor v, Tensor? w, Tensor[] many, Tensor? seed, int threshold, "
     "Tensor(a!)? bits, int rows, Tensor(b!) planes, Tensor(c!)? u) -> ()"
 )
@@ -58,6 +62,7 @@ BLOCK_M = 64  # rows of a tile of shrink
 BLOCK_C = 128  # columns of a block of row_reduce, and of sum_columns
 BLOCK_N = 32  # columns of a block of decode
 TILES = (128, 128), (64, 64), (16, 64)  # of segment_gemm; float32 has not the first
+HOPPER_TILES = (128, 256), (128, 192), (256, 128)  # of its form for compute capability 9.0
 MAX_SEGMENTS = 8
 DECODE_ROWS = 64
 
@@ -162,8 +167,11 @@ def segment_gemm(segments, *, bias=None, mask=None, block_m=None):
     """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
 
     mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
-    accumulator is multiplied by keep * keep_scale.
+    accumulator is multiplied by keep * keep_scale. block_m are the rows of a tile, or "hopper":
+    then it is hopper_segment_gemm, which nothing else chooses.
     """
+    if block_m == "hopper":
+        return hopper_segment_gemm(segments, bias=bias, mask=mask)
     lefts, rights = (list(side) for side in zip(*segments, strict=True))
     y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
     _start_segments(lefts, rights, -1, [], bias, mask, y, False, block_m)
@@ -177,6 +185,74 @@ def _start_segments(lefts, rights, gathered, many, bias, mask, y, add, block_m):
     _ops.segment_gemm_cuda(
         lefts, rights, gathered, many, bias, bits, masked, keep_scale, y, add, block_m
     )
+
+
+def _by_tma(t: Tensor) -> bool:
+    """Whether TMA can address the rows of a matrix: contiguous, aligned, not overlapping."""
+    (rows, cols), (row, col) = t.shape, t.stride()
+    aligned = rows <= 1 or (row * t.itemsize % 16 == 0 and row >= cols)
+    return aligned and (cols <= 1 or col == 1) and t.data_ptr() % 16 == 0
+
+
+def hopper_refuses(segments) -> str | None:
+    """None where hopper_segment_gemm runs, else the sentence why not."""
+    x = segments[0][0]
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper kernel multiplies float16 and bfloat16, got {x.dtype}"
+    if x.device.type == "cuda" and (got := torch.cuda.get_device_capability(x.device)) != (9, 0):
+        return f"the Hopper kernel needs compute capability 9.0, {x.device} has {got[0]}.{got[1]}"
+    if len(segments) > MAX_SEGMENTS:
+        return f"the Hopper kernel adds up at most {MAX_SEGMENTS} segments, got {len(segments)}"
+    for i, (left, right) in enumerate(segments):
+        for name, t, fits in (
+            ("left", left, _by_tma(left)),
+            ("right", right, _by_tma(right) or _by_tma(right.t())),
+        ):
+            if t.shape[1] and not fits:
+                which = "rows" if name == "left" else "rows, or the columns,"
+                return (
+                    f"TMA needs the {which} of an operand contiguous, apart by multiples of 16 "
+                    f"bytes, and its data on 16 bytes; the {name} operand of segment {i} has shape "
+                    f"{tuple(t.shape)}, strides {tuple(t.stride())}, and its data begins "
+                    f"{t.data_ptr() % 16} bytes off"
+                )
+    return None
+
+
+def hopper_tile(M: int, N: int, device: torch.device) -> tuple[int, int]:
+    """The tile of hopper_segment_gemm: with the fewest waves, and of those the least padding. A
+    prediction, to be replaced by what a GPU measures."""
+    processors = _multiprocessors(device)
+
+    def cost(tile):
+        block_m, block_n = tile
+        wide = block_n >= block_m
+        rows, cols = block_m * (1 + wide), block_n * (2 - wide)  # of two blocks
+        clusters = _divide_up(M, rows) * _divide_up(N, cols)
+        return _divide_up(clusters, max(1, processors // 2)) * block_m * block_n
+
+    return min(HOPPER_TILES, key=cost)
+
+
+def hopper_segment_gemm(segments, *, bias=None, mask=None, tile=None, waits_from=None):
+    """segment_gemm by the kernel for compute capability 9.0 (csrc/segment_gemm_sm90.cuh), which has
+    yet to run on a GPU and is never chosen by itself; ValueError with hopper_refuses' sentence.
+
+    tile is one of HOPPER_TILES. With waits_from = i the kernel begins before the one ahead of it in
+    the stream has ended: nothing but the segments from i on may read what that one writes.
+    """
+    if (reason := hopper_refuses(segments)) is not None:
+        raise ValueError(reason)
+    lefts, rights = (list(side) for side in zip(*segments, strict=True))
+    y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
+    bits, keep_scale, masked = mask or (None, 1.0, 0)
+    bias = None if bias is None else bias.contiguous()
+    block_m, block_n = tile or hopper_tile(*y.shape, y.device)
+    waits_from = len(segments) if waits_from is None else waits_from
+    _ops.segment_gemm_sm90_cuda(
+        lefts, rights, bias, bits, masked, keep_scale, y, block_m, block_n, waits_from
+    )
+    return y
 
 
 def multi_segment_gemm(

@@ -1,10 +1,10 @@
 // Runs the kernels of csrc/ on a CPU: the machine of common/device.cuh, thread by thread.
 //
 // Every thread of a block is a fiber, so that a barrier, or an instruction of a whole warp, waits
-// for the others as it would on a GPU. What a GPU leaves open is left open: fibers and blocks go in
-// a random order, and an asynchronous copy happens as late as its wait allows. Shared memory is NaN
-// at first. A barrier that some threads never reach, a warp whose lanes ask for different things,
-// and an address that is not aligned are errors.
+// for the others as it would on a GPU; the blocks of a cluster run together. What a GPU leaves open
+// is left open: fibers and blocks go in a random order, and an asynchronous copy happens as late as
+// its wait allows. Shared memory is NaN at first. A barrier that some threads never reach, a warp
+// whose lanes ask for different things, and an address that is not aligned are errors.
 #pragma once
 
 #include <ucontext.h>
@@ -14,6 +14,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
@@ -38,10 +40,13 @@ struct Copy {
   int bytes;
 };
 
+struct Block;
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  int id = 0;
+  Block* block = nullptr;
+  int id = 0;  // in its block
   bool done = false;
   const uint64_t* awaited = nullptr;  // a generation, and what it was
   uint64_t seen = 0;
@@ -55,24 +60,42 @@ struct Free {
   }
 };
 
-// Where the lanes of a warp, or the threads of a block, meet.
+// Where the lanes of a warp, a warpgroup, or the threads of a block, meet.
 struct Meeting {
   int arrived = 0;
   uint64_t generation = 0;
   const void* what = nullptr;
-  void* given[32] = {};
+  void* given[128] = {};
+};
+
+// What a block of a kernel for a later GPU has besides; hopper.h has the one of sm_90.
+struct Extension {
+  virtual ~Extension() = default;
+  virtual void ends() {}
+};
+
+struct Block {
+  uint3 id{};
+  int rank = 0;  // in its cluster
+  int running = 0;
+  std::vector<Meeting> warps;
+  Meeting barrier;
+  std::map<int, Meeting> named;
+  std::unique_ptr<unsigned char[], Free> memory;
+  std::unique_ptr<Extension> extension;
 };
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Meeting> warps;
-  Meeting barrier;
+  std::vector<std::unique_ptr<Block>> blocks;  // those that run together
+  Meeting cluster;
+  // What has begun and may happen at any time.
+  std::vector<std::function<void()>> under_way;
   Fiber* self = nullptr;
-  int threads = 0;
+  int threads = 0;  // of a block
   dim3 grid;
-  uint3 block;
-  std::unique_ptr<unsigned char[], Free> memory;
   size_t memory_bytes = 0;
+  std::function<std::unique_ptr<Extension>()> extend;
   ucontext_t scheduler;
   std::function<void()> kernel;
   std::string error;
@@ -87,12 +110,14 @@ inline Machine machine;
 
 inline void to_scheduler() { swapcontext(&machine.self->context, &machine.scheduler); }
 
+inline std::string text(const Fiber& fiber) {
+  const uint3& id = fiber.block->id;
+  return " (block " + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
+         std::to_string(id.z) + ", thread " + std::to_string(fiber.id) + ")";
+}
+
 inline void fail(const char* reason) {
-  if (machine.error.empty()) {
-    machine.error = std::string(reason) + " (block " + std::to_string(machine.block.x) + ", " +
-                    std::to_string(machine.block.y) + ", " + std::to_string(machine.block.z) +
-                    ", thread " + std::to_string(machine.self->id) + ")";
-  }
+  if (machine.error.empty()) machine.error = reason + text(*machine.self);
   to_scheduler();
 }
 
@@ -108,22 +133,37 @@ inline void trampoline() {
   to_scheduler();
 }
 
-// Runs `op` on what all lanes of this thread's warp have given, once they have.
-template <typename Given>
-void together(Given& given, void (*op)(Given* const*), const void* what) {
-  const int lane = machine.self->id % 32;
-  Meeting& warp = machine.warps[machine.self->id / 32];
-  if (warp.arrived == 0) warp.what = what;
-  if (warp.what != what) fail("lanes of a warp ask for different things");
-  warp.given[lane] = &given;
-  const uint64_t generation = warp.generation;
-  if (++warp.arrived < 32) {
-    wait_for(warp, generation);
+// Runs `op` on what all `count` threads that meet have given, once they have.
+template <typename Given, typename Op>
+void meet(Meeting& meeting, int count, Given& given, const Op& op, const void* what) {
+  if (meeting.arrived == 0) meeting.what = what;
+  if (meeting.what != what) fail("lanes of a warp ask for different things");
+  meeting.given[machine.self->id % count] = &given;
+  const uint64_t generation = meeting.generation;
+  if (++meeting.arrived < count) {
+    wait_for(meeting, generation);
     return;
   }
-  op(reinterpret_cast<Given* const*>(warp.given));
-  warp.arrived = 0;
-  ++warp.generation;
+  op(reinterpret_cast<Given* const*>(meeting.given));
+  meeting.arrived = 0;
+  ++meeting.generation;
+}
+
+// All of `count` threads, none of which has anything to give.
+inline void meet(Meeting& meeting, int count) {
+  const uint64_t generation = meeting.generation;
+  if (++meeting.arrived < count) {
+    wait_for(meeting, generation);
+    return;
+  }
+  meeting.arrived = 0;
+  ++meeting.generation;
+}
+
+// Runs `op` on what all lanes of this thread's warp have given, once they have.
+template <typename Given, typename Op>
+void together(Given& given, const Op& op, const void* what) {
+  meet(machine.self->block->warps[machine.self->id / 32], 32, given, op, what);
 }
 
 inline void aligned(const void* address, size_t bytes) {
@@ -135,16 +175,42 @@ inline void reads(const void* address, int bytes) {
   if (first >= machine.first && first < machine.last) machine.bytes_read += uint64_t(bytes);
 }
 
-inline void run_block() {
+// One thing that is under way, any of them, happens.
+inline void happen() {
+  auto& all = machine.under_way;
+  std::swap(all[machine.random() % all.size()], all.back());
+  const std::function<void()> it = std::move(all.back());
+  all.pop_back();
+  it();
+}
+
+inline void check_error() {
+  if (!machine.error.empty()) throw std::runtime_error("emulator: " + machine.error);
+}
+
+// The blocks of a cluster, of one block as a rule.
+inline void run_together(const std::vector<uint3>& ids) {
   Machine& m = machine;
-  m.warps.assign(m.threads / 32, Meeting());
-  m.barrier = Meeting();
-  m.memory.reset(new (std::align_val_t(128)) unsigned char[m.memory_bytes]);
-  std::memset(m.memory.get(), 0xff, m.memory_bytes);
-  while (int(m.fibers.size()) < m.threads) m.fibers.push_back(std::make_unique<Fiber>());
-  for (int i = 0; i < m.threads; ++i) {
+  const int fibers = m.threads * int(ids.size());
+  m.cluster = Meeting();
+  m.under_way.clear();
+  m.blocks.clear();
+  while (int(m.fibers.size()) < fibers) m.fibers.push_back(std::make_unique<Fiber>());
+  for (const uint3& id : ids) {
+    m.blocks.push_back(std::make_unique<Block>());
+    Block& block = *m.blocks.back();
+    block.id = id;
+    block.rank = int(m.blocks.size()) - 1;
+    block.running = m.threads;
+    block.warps.resize(m.threads / 32);
+    block.memory.reset(new (std::align_val_t(128)) unsigned char[m.memory_bytes]);
+    std::memset(block.memory.get(), 0xff, m.memory_bytes);
+    if (m.extend) block.extension = m.extend();
+  }
+  for (int i = 0; i < fibers; ++i) {
     Fiber& fiber = *m.fibers[i];
-    fiber.id = i;
+    fiber.block = m.blocks[i / m.threads].get();
+    fiber.id = i % m.threads;
     fiber.done = false;
     fiber.awaited = nullptr;
     fiber.open.clear();
@@ -155,20 +221,29 @@ inline void run_block() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, trampoline, 0);
   }
-  for (int left = m.threads; left > 0;) {
+  for (int left = fibers; left > 0;) {
     bool moved = false;
-    const int first = int(m.random() % m.threads), direction = m.random() % 2 ? 1 : -1;
-    for (int i = 0; i < m.threads; ++i) {
-      Fiber& fiber = *m.fibers[(first + direction * i + m.threads) % m.threads];
+    const int first = int(m.random() % fibers), direction = m.random() % 2 ? 1 : -1;
+    for (int i = 0; i < fibers; ++i) {
+      Fiber& fiber = *m.fibers[(first + direction * i + fibers) % fibers];
       if (fiber.done || (fiber.awaited != nullptr && *fiber.awaited == fiber.seen)) continue;
       fiber.awaited = nullptr;
       moved = true;
       m.self = &fiber;
       swapcontext(&m.scheduler, &fiber.context);
-      if (!m.error.empty()) throw std::runtime_error("emulator: " + m.error);
-      left -= fiber.done;
+      if (fiber.done) {
+        --left;
+        if (--fiber.block->running == 0 && fiber.block->extension) fiber.block->extension->ends();
+      }
+      check_error();
     }
-    if (!moved) throw std::runtime_error("emulator: threads wait for some that never come");
+    // As late as it can be, or now.
+    if (!m.under_way.empty() && (!moved || m.random() % 4 == 0)) {
+      happen();
+      check_error();
+    } else if (!moved) {
+      throw std::runtime_error("emulator: threads wait for some that never come");
+    }
   }
 }
 
@@ -195,19 +270,12 @@ Exchange<T> exchange(T value) {
 }  // namespace emulator
 
 inline int thread_id() { return emulator::machine.self->id; }
-inline uint3 block_id() { return emulator::machine.block; }
+inline uint3 block_id() { return emulator::machine.self->block->id; }
 inline dim3 grid_size() { return emulator::machine.grid; }
-inline unsigned char* shared_memory() { return emulator::machine.memory.get(); }
+inline unsigned char* shared_memory() { return emulator::machine.self->block->memory.get(); }
 
 inline void sync_block() {
-  emulator::Meeting& barrier = emulator::machine.barrier;
-  const uint64_t generation = barrier.generation;
-  if (++barrier.arrived < emulator::machine.threads) {
-    emulator::wait_for(barrier, generation);
-    return;
-  }
-  barrier.arrived = 0;
-  ++barrier.generation;
+  emulator::meet(emulator::machine.self->block->barrier, emulator::machine.threads);
 }
 
 inline uint32_t ballot(bool value) {
@@ -349,31 +417,52 @@ inline bool arrive_last(uint32_t* counter, uint32_t count) {
   return last;
 }
 
-template <typename Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   const Params& params, cudaStream_t) {
-  emulator::Machine& m = emulator::machine;
-  if (shared_bytes > 163 * 1024) throw std::runtime_error("emulator: more than sm_80 has");
+// Kernels run one after the other here.
+inline void let_next_grid_begin() {}
+
+namespace emulator {
+
+// All blocks in clusters of `cluster` along x, the clusters in a random order.
+inline cudaError_t run_all(dim3 grid, int threads, int shared_bytes, int cluster,
+                           std::function<void()> kernel) {
+  Machine& m = machine;
   m.threads = threads;
   m.grid = grid;
   m.memory_bytes = size_t(shared_bytes);
-  m.kernel = [kernel, &params] { kernel(params); };
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
-  for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[m.random() % i]);
+  m.kernel = std::move(kernel);
+  if (grid.x % cluster != 0) throw std::runtime_error("emulator: a part of a cluster");
+  const uint64_t clusters = uint64_t(grid.x) / cluster * grid.y * grid.z;
+  std::vector<uint64_t> order(clusters);
+  for (uint64_t i = 0; i < clusters; ++i) order[i] = i;
+  for (uint64_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[m.random() % i]);
   for (const uint64_t i : order) {
-    m.block = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
-               unsigned(i / grid.x / grid.y)};
+    std::vector<uint3> ids;
+    for (int rank = 0; rank < cluster; ++rank) {
+      const uint64_t block = i * cluster + rank;
+      ids.push_back({unsigned(block % grid.x), unsigned(block / grid.x % grid.y),
+                     unsigned(block / grid.x / grid.y)});
+    }
     try {
-      emulator::run_block();
+      run_together(ids);
     } catch (...) {
       m.error.clear();
       m.fibers.clear();
+      m.blocks.clear();
+      m.under_way.clear();
       throw;
     }
   }
   return cudaSuccess;
+}
+
+}  // namespace emulator
+
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                   const Params& params, cudaStream_t) {
+  if (shared_bytes > 163 * 1024) throw std::runtime_error("emulator: more than sm_80 has");
+  emulator::machine.extend = nullptr;
+  return emulator::run_all(grid, threads, shared_bytes, 1, [kernel, &params] { kernel(params); });
 }
 
 }  // namespace fused_lora
