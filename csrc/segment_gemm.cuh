@@ -56,6 +56,7 @@ struct Config {
   static constexpr int kOutput = BLOCK_M * kRow * int(sizeof(float));
   static constexpr int kIndices = 2 * (BLOCK_M + 1) * int(sizeof(int));
   static constexpr int kShared = (kTiles > kOutput ? kTiles : kOutput) + kIndices;
+  static_assert(kShared <= kMaxShared, "");
 };
 
 // The slots of a tile's rows, and each of them once, in the order of the first row of each.

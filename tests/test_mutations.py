@@ -728,40 +728,41 @@ FAULTS = {
 }
 
 
-# In csrc/, which is then built for the emulated device.
+# In csrc/, which is then built for the emulated device. A fault in common/ is built into one kernel
+# alone, whose name follows the path.
 CUDA_FAULTS = {
     "cuda: 6 rounds of Philox": Fault(
-        "common/philox.cuh",
+        "common/philox.cuh: dropout",
         "round < 7",
         "round < 6",
         "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-cuda]",
     ),
     "cuda: the mask of the next eight columns": Fault(
-        "common/tile.cuh",
+        "common/tile.cuh: shrink",
         "call = col / 8 + i % kCalls;",
         "call = col / 8 + (i + 1) % kCalls;",
         ROWS.format("cuda"),
     ),
     "cuda: a chunk at the end of a row is copied whole": Fault(
-        "common/tile.cuh",
+        "common/tile.cuh: shrink",
         "left < kChunk<T> ? int(left) : kChunk<T>;",
         "kChunk<T>;",
         "test_cuda_kernels.py::test_every_way_to_read[kinds0-sizes3-shrink]",
     ),
     "cuda: tiles are swizzled where they are written alone": Fault(
-        "common/tile.cuh",
+        "common/tile.cuh: segment_gemm",
         "return chunk(row, col / kChunk<T>) + col % kChunk<T>;",
         "return row * COLS + col;",
         "test_cuda_kernels.py::test_every_tile[64-(17, 65)-torch.float16]",
     ),
     "cuda: no swizzle": Fault(
-        "common/tile.cuh",
+        "common/tile.cuh: segment_gemm",
         "index ^ (row / kRowsOfABank & kSwizzle)",
         "index ^ (row & 0)",
         "test_cuda_kernels.py::test_no_two_rows_of_an_ldmatrix_share_a_bank[torch.float16]",
     ),
     "cuda: halves of the right fragment swapped": Fault(
-        "common/tile.cuh",
+        "common/tile.cuh: segment_gemm",
         "{b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]}",
         "{b[j / 2][j % 2 * 2 + 1], b[j / 2][j % 2 * 2]}",
         "test_cuda_kernels.py::test_every_tile[64-(17, 65)-torch.float16]",
@@ -846,7 +847,7 @@ CUDA_FAULTS = {
         "test_row_reduce.py::test_long_columns_are_added_in_planes[cuda]",
     ),
     "cuda: adapters: tiles of the first of 32": Fault(
-        "common/adapters.cuh",
+        "common/adapters.cuh: shrink",
         "before += shuffle(after, 31);",
         "",
         MANY.format("cuda"),
@@ -903,11 +904,11 @@ def test_fault_is_caught(name, tmp_path):
 @pytest.mark.parametrize("name", CUDA_FAULTS)
 def test_fault_in_csrc_is_caught(name, tmp_path):
     fault, csrc = CUDA_FAULTS[name], tmp_path / "csrc"
-    shutil.copytree(emulated.ROOT / "csrc", csrc)
-    plant(fault, csrc / fault.file)
-    library = emulated.build(csrc)
+    shutil.copytree(emulated.CSRC, csrc)
+    file, _, kernel = fault.file.partition(": ")
+    plant(fault, csrc / file)
+    library = emulated.build(other=csrc, stem=kernel or Path(file).stem)
     source = copy_package(PACKAGE, KERNELS, tmp_path / "package")
     outcomes, printed = run_tests(source, [fault.test], FUSED_LORA_EMULATED=str(library))
-    library.unlink()
     assert outcomes != [PASSED], f"the fault {name!r} survived {fault.test}"
     assert outcomes == [CAUGHT], f"{name!r} broke {fault.test}: {outcomes}\n{printed}"
