@@ -8,6 +8,7 @@ old pair, the new one, or a folder without a config, but never one file of each.
 
 import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -21,12 +22,18 @@ LARGEST_CONFIG, LARGEST_HEADER = 2**20, 2**24
 PICKLES = ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"
 
 
+def python_command(code: str) -> str:
+    """A command line that runs code, in which strings have double quotes."""
+    return f"python -c {shlex.quote(code)}"
+
+
 def unpickle_command(source: Path, target: Path) -> str:
     """What makes safetensors of a pickle; weights_only runs no code of it."""
-    return (
-        f'python -c "import torch, safetensors.torch as s; '
-        f"t = torch.load('{source}', map_location='cpu', weights_only=True); "
-        f"s.save_file({{k: v.contiguous().clone() for k, v in t.items()}}, '{target}')\""
+    return python_command(
+        "import torch, safetensors.torch as s; "
+        f't = torch.load({json.dumps(str(source))}, map_location="cpu", weights_only=True); '
+        f"s.save_file({{k: v.contiguous().clone() for k, v in t.items()}}, "
+        f"{json.dumps(str(target))})"
     )
 
 
@@ -38,7 +45,7 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"{path} leads out of its folder, to {path.resolve()}; if that is meant, copy the "
-            f"files: cp -rL '{folder}' '{folder}-copy'"
+            f"files: cp -rL {shlex.quote(str(folder))} {shlex.quote(f'{folder}-copy')}"
         )
     return path
 

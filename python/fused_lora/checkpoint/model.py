@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -227,7 +228,7 @@ def _check_layers(dir, adapter: Adapter, layers: Mapping[str, LoRALinear]) -> No
         if weights.gate is not None and layer.gate is None:
             raise ValueError(
                 f"{dir} has a gate for {name}, which is a LoRALinear; fold the gates first: "
-                f"fused-lora convert '{dir}' '{dir}-folded'"
+                f"fused-lora convert {shlex.quote(str(dir))} {shlex.quote(f'{dir}-folded')}"
             )
         for part in ("lora_a", "lora_b"):
             mine, t = getattr(layer, part), getattr(weights, part)
