@@ -23,10 +23,10 @@ ALLOWED = {
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
-    "checkpoint": set(),
+    "checkpoint": {"inject", "nn"},
     "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
-    "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},
+    "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing"},
 }
 LAZY = {"triton_kernels", "cuda_kernels", "_C"}
 

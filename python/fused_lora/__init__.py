@@ -2,6 +2,7 @@
 
 from fused_lora import nn, optim, reference
 from fused_lora.bank import AdapterBank
+from fused_lora.checkpoint import load_adapter, save_adapter
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.ops.dispatch import backends, use_backend, why
@@ -20,6 +21,7 @@ __all__ = [
     "accelerate",
     "backends",
     "inject",
+    "load_adapter",
     "lora_linear",
     "merge",
     "multi_lora_add_",
@@ -28,6 +30,7 @@ __all__ = [
     "optim",
     "reference",
     "restore",
+    "save_adapter",
     "unmerge",
     "use_backend",
     "why",
