@@ -24,6 +24,7 @@ ALLOWED = {
     "inject": {"nn", "ops"},
     "bank": {"ops"},
     "checkpoint": set(),
+    "checkpoint_adalora": {"checkpoint", "inject", "nn", "optim"},
     "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
     "cli": {"_extension", "bench", "ops", "optim", "reference", "testing"},

@@ -38,7 +38,7 @@ class AdapterWeights(NamedTuple):
     gate: Tensor | None
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         others = "; a pickle is never opened" if (folder / "adapter_model.bin").exists() else ""
@@ -56,7 +56,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _read_config(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path} is larger than {LARGEST_CONFIG} bytes")
     try:
@@ -65,12 +65,21 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
-    kind = config.get("peft_type")
-    if kind not in PEFT_TYPES:
-        raise ValueError(f"{path}: peft_type must be one of {', '.join(PEFT_TYPES)}, got {kind!r}")
+    return config
+
+
+def check_supported(path: Path, config: dict) -> None:
     for field, plain in UNSUPPORTED.items():
         if config.get(field) not in plain:
             raise NotImplementedError(f"{path}: {field}={config[field]!r} is not supported")
+
+
+def _read_config(path: Path) -> dict:
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind not in PEFT_TYPES:
+        raise ValueError(f"{path}: peft_type must be one of {', '.join(PEFT_TYPES)}, got {kind!r}")
+    check_supported(path, config)
     check_rank(f"{path}: r", config.get("r"))
     check_alpha(f"{path}: lora_alpha", config.get("lora_alpha"))
     for field, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
@@ -141,13 +150,13 @@ def read_adapter(folder: str | Path) -> dict[str, AdapterWeights]:
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    config_path = _inside(folder, CONFIG)
-    config, path = _read_config(config_path), _inside(folder, WEIGHTS)
+    config_path = inside(folder, CONFIG)
+    config, path = _read_config(config_path), inside(folder, WEIGHTS)
     try:
         with safe_open(path, framework="pt") as file:
             modules = _modules(path, list(file.keys()))
             shapes = {
-                key: _checked_header(path, key, file.get_slice(key))
+                key: checked_header(path, key, file.get_slice(key))
                 for parts in modules.values()
                 for key in parts.values()
             }
@@ -175,7 +184,7 @@ def _scale(config: dict, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _checked_header(path: Path, key: str, header) -> list[int]:
+def checked_header(path: Path, key: str, header) -> list[int]:
     if header.get_dtype() not in ("F32", "F16", "BF16"):
         raise TypeError(f"{path}: {key} must be F32, F16 or BF16, got {header.get_dtype()}")
     return header.get_shape()
