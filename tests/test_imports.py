@@ -23,7 +23,7 @@ ALLOWED = {
     "optim": {"ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
-    "checkpoint": {"inject", "nn"},
+    "checkpoint": {"inject", "nn", "optim"},
     "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
     "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing"},

@@ -36,6 +36,7 @@ BANK = "bank.py"
 CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
+ADALORA = "optim/adalora.py"
 
 # All six tensors, with dropout and without.
 ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
@@ -45,6 +46,8 @@ SUBSET = "test_lora_linear.py::test_only_the_gradients_asked_for[({})-{}]"
 EDGE = "test_regressions.py::{}"
 RAGGED = "test_multi_lora_linear.py::test_ragged_ranks[id_dtype0-{}-{}]"
 MANY = "test_multi_lora_linear.py::test_64_adapters[{}]"
+
+ALLOCATION = "test_adalora.py::test_a_hundred_steps_are_those_of_the_loops"
 
 # The name says what is wrong.
 FAULTS = {
@@ -724,6 +727,48 @@ FAULTS = {
         "torch._foreach_clamp_min(wide, -xi)",
         "torch._foreach_clamp_min(wide, 0.0)",
         "test_soft_threshold.py::test_minimises_the_penalised_distance[torch]",
+    ),
+    "adalora: the uncertainty left out of the importance": Fault(
+        ADALORA,
+        "scores = [i * u for i, u in both]",
+        "scores = [i for i, u in both]",
+        ALLOCATION,
+    ),
+    "adalora: deviations from the last mean": Fault(
+        ADALORA,
+        "torch._foreach_sub_(now, sensitivity)",
+        "torch._foreach_sub_(now, uncertainty)",
+        ALLOCATION,
+    ),
+    "adalora: sums in place of means": Fault(
+        ADALORA,
+        "s.mean(dim) for s in scores",
+        "s.sum(dim) for s in scores",
+        ALLOCATION,
+    ),
+    "adalora: the importance of the parameters after the step": Fault(
+        ADALORA,
+        "        self.allocator.update()\n        self.optimizer.step()",
+        "        self.optimizer.step()\n        self.allocator.update()",
+        ALLOCATION,
+    ),
+    "adalora: lambdas are free after the last choice": Fault(
+        ADALORA,
+        "(chooses or step > last)",
+        "chooses",
+        "test_adalora.py::test_between_choices_lambdas_are_free_and_at_the_end_they_are_not",
+    ),
+    "adalora: all that tie with the last are cut": Fault(
+        ADALORA,
+        "order = torch.sort(flat, descending=True, stable=True).indices",
+        "order = torch.nonzero(flat > flat.sort(descending=True)[0][budget]).flatten()",
+        "test_adalora.py::test_of_equal_scores_the_earlier_stay",
+    ),
+    "adalora: P P^T": Fault(
+        ADALORA,
+        "gram = z.mT @ z if columns",
+        "gram = z @ z.mT if columns",
+        "test_adalora.py::test_the_squared_penalty_and_its_gradient_in_fp64",
     ),
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fused_lora.nn.adalora import SCALINGS, AdaLoRALinear, check_scaling
 from fused_lora.nn.checks import (
     check_choice,
     check_linear,
@@ -39,6 +40,8 @@ class LoRAConfig:
     modules_to_save: names of modules that are trained in full, as copies of their own (a weight
         that was tied to another stays behind); no adapter goes into them.
     gate: adapters are SoRALinear, with gates drawn as gate_init says: "normal" or "ones".
+    adalora: adapters are AdaLoRALinear, scaled as adalora_scaling says: "plain" or "peft". Then
+        init_lora_weights is True (AdaLoRA's own start) or False.
 
     Raises TypeError and ValueError that name the field.
     """
@@ -56,16 +59,19 @@ class LoRAConfig:
     modules_to_save: Sequence[str] | None = None
     gate: bool = False
     gate_init: str = "normal"
+    adalora: bool = False
+    adalora_scaling: str = "plain"
 
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         check_number("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
-        for name in ("use_rslora", "gate"):
+        for name in ("use_rslora", "gate", "adalora"):
             check_choice(name, getattr(self, name), (True, False))
         check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
         check_choice("bias", self.bias, BIASES)
         check_choice("gate_init", self.gate_init, GATE_INITS)
+        self._check_adalora()
         self.target_modules = _names_or_regex("target_modules", self.target_modules)
         if not self.target_modules:
             raise ValueError("target_modules is empty; name at least one module")
@@ -84,6 +90,17 @@ class LoRAConfig:
             for key, value in patterns.items():
                 _check_regex(f"{name} key", key)
                 check_value(f"{name}[{key!r}]", value)
+
+    def _check_adalora(self) -> None:
+        check_choice("adalora_scaling", self.adalora_scaling, SCALINGS)
+        if self.adalora:
+            check_scaling(self.adalora_scaling, self.use_rslora)
+            if self.gate:
+                raise ValueError("gate and adalora exclude each other; set one of them")
+            if self.init_lora_weights == "gaussian":
+                raise ValueError(
+                    "init_lora_weights='gaussian' is not for adalora; set True or False"
+                )
 
 
 def _check_regex(name: str, pattern) -> None:
@@ -216,10 +233,11 @@ def inject(
 ) -> torch.nn.Module:
     """Give the layers that `config` names an adapter, in place, and freeze everything else.
 
-    Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate) that shares its
-    weight and bias. A module that occurs at several places of the model is replaced once, under the
-    first of its names that matches unless any is excluded, and put at all of them. Then only
-    adapters, and what config.bias and config.modules_to_save name, require a gradient.
+    Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate, AdaLoRALinear with
+    config.adalora) that shares its weight and bias. A module that occurs at several places of the
+    model is replaced once, under the first of its names that matches unless any is excluded, and
+    put at all of them. Then only adapters, and what config.bias and config.modules_to_save name,
+    require a gradient.
 
     adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters.
 
@@ -291,6 +309,8 @@ def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear
         "init": config.init_lora_weights,
         "adapter_dtype": adapter_dtype,
     }
+    if config.adalora:
+        return AdaLoRALinear.from_linear(linear, scaling=config.adalora_scaling, **args)
     if config.gate:
         return SoRALinear.from_linear(linear, gate_init=config.gate_init, **args)
     return LoRALinear.from_linear(linear, **args)

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_lora.checkpoint.adalora import PEFT_TYPE, load_adalora, save_adalora
+from fused_lora.checkpoint.files import adapter_files, read_json
 from fused_lora.checkpoint.formats import AdapterWeights
 from fused_lora.checkpoint.reading import Adapter, read_folder
 from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
 from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
+from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.checks import check_linear
 from fused_lora.nn.linear import LoRALinear, SoRALinear
 
@@ -103,7 +106,8 @@ def save_adapter(
     or not, A and B are saved.
 
     SoRALinear layers are saved with their gates as peft_type "SORA", which PEFT refuses aloud and
-    load_adapter reads. fold_gate writes plain LoRA for PEFT instead: B <- round(B diag(g)), in
+    load_adapter reads; AdaLoRALinear layers as PEFT's AdaLoRA, by checkpoint.adalora.save_adalora,
+    which has more options. fold_gate writes plain LoRA for PEFT instead: B <- round(B diag(g)), in
     fp32.
 
     The folder changes as one step: whenever the process ends, it holds the old adapter or the new
@@ -119,6 +123,8 @@ def save_adapter(
     layers = _adapted(names)
     if not layers:
         raise ValueError("model has no LoRALinear; there is no adapter to save")
+    if not fold_gate and any(isinstance(layer, AdaLoRALinear) for layer in layers.values()):
+        return save_adalora(model, Path(dir))
     weights = {name: _weights(name, layer, fold_gate) for name, layer in layers.items()}
     gated = [name for name, w in weights.items() if w.gate is not None]
     if 0 < len(gated) < len(layers):
@@ -170,6 +176,8 @@ def _warn_of_peft(
 def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.nn.Module:
     """Read the adapter in the folder dir, PEFT's LoRA or save_adapter's, into model; returns model.
 
+    A folder of PEFT's AdaLoRA is read by checkpoint.adalora.load_adalora.
+
     A model without adapters gets them in the layers that the folder has, as by fl.inject:
     SoRALinear where there are gates, else LoRALinear, everything else frozen; bias and
     modules_to_save as the config says. A and B keep the file's dtype or go to a wider one.
@@ -184,15 +192,19 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     not a plain nn.Linear, RuntimeError for a merged layer.
     """
     whole, model = model, _unwrapped(model)
-    adapter, names = read_folder(Path(dir)), _names(model)
+    names = _names(model)
     layers = _adapted(names)
+    if not layers and isinstance(whole, DistributedDataParallel):
+        raise RuntimeError("load before DistributedDataParallel: it reduces no new parameters")
+    if read_json(adapter_files(Path(dir))[0]).get("peft_type") == PEFT_TYPE:
+        load_adalora(model, Path(dir))
+        return whole
+    adapter = read_folder(Path(dir))
     if layers:
         saved, bias = _whole(model, names)
         _check_layers(dir, adapter, layers)
         _check_others(dir, adapter, _other_tensors(names, layers, saved, bias))
     else:
-        if isinstance(whole, DistributedDataParallel):
-            raise RuntimeError("load before DistributedDataParallel: it reduces no new parameters")
         config, dtype = _plan(dir, adapter, names)
         inject(model, config, adapter_dtype=dtype)
         names = _names(model)

@@ -159,7 +159,7 @@ class LoRALinear(torch.nn.Linear):
     def _add_adapter(self, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype) -> None:
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.init = lora_dropout, init
-        self.scale = lora_scale(lora_alpha, r, use_rslora)
+        self.scale = self._scale_of(lora_alpha, r)
         self.merged = False
         # W0 while merged with keep_base; not a buffer, so it never enters a state_dict.
         self._base: Tensor | None = None
@@ -173,12 +173,19 @@ class LoRALinear(torch.nn.Linear):
         self.register_parameter("gate", None)
         self.reset_lora_parameters()
 
+    def _scale_of(self, lora_alpha: float, r: int) -> float:
+        """The layer's own rule."""
+        return lora_scale(lora_alpha, r, self.use_rslora)
+
     def reset_lora_parameters(self) -> None:
         """Draw the adapter anew, as `init` says. Raises RuntimeError where it is merged."""
         if self.merged:
             raise RuntimeError(
                 "the adapter is merged into weight; call unmerge() before resetting it"
             )
+        self._draw_adapter()
+
+    def _draw_adapter(self) -> None:
         if self.init == "gaussian":
             torch.nn.init.normal_(self.lora_a, std=1 / self.r)
         else:
@@ -290,9 +297,9 @@ class LoRALinear(torch.nn.Linear):
         if self.gate is not None:
             gate = a.new_ones(R, dtype=torch.float32) if gate is None else gate.to(self.gate)
         if scale is None:
-            scale = lora_scale(self.lora_alpha, R, self.use_rslora)
+            scale = self._scale_of(self.lora_alpha, R)
         else:
-            self.lora_alpha = scale / lora_scale(1, R, self.use_rslora)
+            self.lora_alpha = scale / self._scale_of(1, R)
         if self.merged:
             new: Product = (scale, a, b, gate)
             if self._base is None:
