@@ -40,7 +40,7 @@ REFUSALS = {
 BEST = "torch"  # the CUDA kernel takes its place with the measurement that proves it
 
 
-def _indicator(values: list[Tensor], xi: float, at_edge: float) -> list[Tensor]:
+def _indicator(values: list[Tensor], xi: float, at_edge: float) -> Sequence[Tensor]:
     """1 where |v| > xi, at_edge where |v| = xi, 0 elsewhere."""
     signs = torch._foreach_abs(values)
     torch._foreach_sub_(signs, xi)
@@ -142,9 +142,10 @@ def soft_threshold_(
         reach it: it is a step of an optimiser and not of a model.
 
     Returns gates. It raises, before anything is written: TypeError for a gate that is not a
-    floating tensor, an xi that is not a number, or an official_compat that is not a bool; ValueError for an xi that is negative or not
-    finite, an expanded gate, the same tensor twice, or an unknown backend; NotImplementedError for
-    a tensor subclass or a sparse gate; RuntimeError for a backend that cannot run, with the reason.
+    floating tensor, an xi that is not a number, or an official_compat that is not a bool;
+    ValueError for an xi that is negative or not finite, an expanded gate, the same tensor twice, or
+    an unknown backend; NotImplementedError for a tensor subclass or a sparse gate; RuntimeError for
+    a backend that cannot run, with the reason.
     """
     backend = dispatch.check_backend(backend) or BEST
     by_device: dict[torch.device, list[Tensor]] = {}
