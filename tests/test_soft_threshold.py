@@ -105,9 +105,10 @@ def test_edges_of_official_compat(dtype, device, backend):
     xi, eps, inf, nan = 0.25, torch.finfo(dtype).eps / 4, math.inf, math.nan
     v = [xi, -xi, xi + eps, xi - eps, -xi - eps, 0.0, -0.0, 2 * xi, 2 * xi - eps, -2 * xi]
     want = [xi, -xi, 0, 0, 0, 0, 0, xi, 0, -xi]
-    v, want = (torch.tensor([*t, inf, -inf, nan]).to(device, dtype) for t in (v, want))
+    v, want = (torch.tensor([*t, inf, -inf, nan], dtype=dtype) for t in (v, want))
     same(published(v, xi), want)
-    same(soft_threshold_(v, xi, official_compat=True, backend=backend), want)
+    got = soft_threshold_(v.to(device), xi, official_compat=True, backend=backend)
+    same(got, want.to(device))
 
 
 def test_mixed_dtypes_shapes_and_strides(device, backend):

@@ -40,7 +40,7 @@ REFUSALS = {
 BEST = "torch"  # the CUDA kernel takes its place with the measurement that proves it
 
 
-def _indicator(values: list[Tensor], xi: float, at_edge: float) -> Sequence[Tensor]:
+def _indicator(values: list[Tensor], xi: float, at_edge: float) -> tuple[Tensor, ...]:
     """1 where |v| > xi, at_edge where |v| = xi, 0 elsewhere."""
     signs = torch._foreach_abs(values)
     torch._foreach_sub_(signs, xi)
