@@ -162,8 +162,8 @@ class GateLog:
         groups = by_kind(self.rows())
         step = f"step {self.history[-1]['step']}" if self.history else "before training"
         table = Table(title=f"Gates, {step}", title_justify="left", title_style="bold")
-        for name in ("layers of kind", "count", "mean rank kept", "gates at zero", "parameters"):
-            table.add_column(name, justify="left" if name == "layers of kind" else "right")
+        for name in ("kind", "layers", "mean rank kept", "gates at zero", "parameters"):
+            table.add_column(name, justify="left" if name == "kind" else "right")
         table.add_column("open", min_width=20)
         for g in groups:
             if g["kind"] == "all":
@@ -211,6 +211,7 @@ def _plot_curves(axes, curves: dict[str, list[tuple[int, float]]]) -> None:
     axes.set_title("Gates at zero")
     axes.set(xlabel="step", ylabel="% of the gates", ylim=(-2, 102))
     axes.grid(color=_GRID)
+    axes.margins(x=0.02)
     axes.legend(frameon=False, ncols=2)
 
 
@@ -226,12 +227,17 @@ def _plot_ranks(axes, rows: list[dict[str, Any]], blocks: list[int | None]) -> N
         [means.get((i, j), float("nan")) for j in range(len(kinds))] for i in range(len(blocks))
     ]
     full = max(row["rank"] for row in rows)
-    axes.imshow(grid, cmap="GnBu", vmin=0, vmax=full, aspect="auto")
+    shades = axes.pcolormesh(grid, cmap="GnBu", vmin=0, vmax=full, edgecolors="white", linewidth=2)
+    shades.set_clip_on(False)
+    axes.invert_yaxis()
     for (i, j), mean in means.items():
         color = "white" if mean > 0.6 * full else _INK
-        axes.text(j, i, f"{mean:.3g}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_yticks(range(len(blocks)), ["" if b is None else b for b in blocks])
-    axes.set_title(f"Rank kept, of {full}")
+        axes.text(
+            j + 0.5, i + 0.5, f"{mean:.3g}", ha="center", va="center", color=color, fontsize=9
+        )
+    axes.set_xticks([j + 0.5 for j in range(len(kinds))], kinds)
+    axes.set_yticks([i + 0.5 for i in range(len(blocks))], ["" if b is None else b for b in blocks])
+    parameters = sum(row["parameters"] for row in rows)
+    axes.set_title(f"Rank kept, of {full}: {parameters:,} parameters in all")
     axes.set(xlabel="layer", ylabel="block" if blocks != [None] else "")
     axes.tick_params(length=0)
