@@ -20,7 +20,7 @@ ALLOWED = {
     "cuda_kernels": {"_extension"},
     "ops": {"reference", "ops", "_extension", "cuda_kernels", "triton_kernels"},
     "nn": {"bank", "ops", "reference"},
-    "optim": {"ops", "nn"},
+    "optim": {"inject", "ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
     "checkpoint": {"inject", "nn", "optim"},

@@ -2,6 +2,25 @@
 
 from fused_lora.ops.soft_threshold import soft_threshold_
 from fused_lora.optim.adalora import AdaLoRA, RankAllocator, orthogonality_penalty
-from fused_lora.optim.sora import SoRA
+from fused_lora.optim.gates import GateLog, kept_parameters, named_gates
+from fused_lora.optim.groups import lora_plus_groups
+from fused_lora.optim.prune import PruneReport, prune
+from fused_lora.optim.schedule import SparsitySchedule, sparsity_values
+from fused_lora.optim.sora import SoRA, gate_l1
 
-__all__ = ["AdaLoRA", "RankAllocator", "SoRA", "orthogonality_penalty", "soft_threshold_"]
+__all__ = [
+    "AdaLoRA",
+    "GateLog",
+    "PruneReport",
+    "RankAllocator",
+    "SoRA",
+    "SparsitySchedule",
+    "gate_l1",
+    "kept_parameters",
+    "lora_plus_groups",
+    "named_gates",
+    "orthogonality_penalty",
+    "prune",
+    "soft_threshold_",
+    "sparsity_values",
+]
