@@ -42,7 +42,11 @@ def make(
     if shape is not None:  # some below 0, some past the last
         positions = torch.randint(-2, S + 3, shape, device=DEVICE)
     prompt = put((m, D)) if m else None
-    return ids, None if shape is None else positions, [put((V, D)), prompt, put((S, R)), put((R, D))]
+    return (
+        ids,
+        None if shape is None else positions,
+        [put((V, D)), prompt, put((S, R)), put((R, D))],
+    )
 
 
 def leaves(tensors, needs=(True,) * 4):
@@ -147,7 +151,9 @@ def test_fp32_masters(backend, dtype):
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     ids, _, tensors = make((3,), 40, D=64, S=33, R=8, dtype=dtype)
     masters = leaves([tensors[0], *(t.float() for t in tensors[1:])])
-    check_against_fp64(ids, None, masters, guarded((3, 42, 64), dtype=dtype, device=DEVICE), backend)
+    check_against_fp64(
+        ids, None, masters, guarded((3, 42, 64), dtype=dtype, device=DEVICE), backend
+    )
     ours = run(fl.dept_embedding, ids, None, masters, backend=backend)
     assert [t.dtype for t in ours] == [dtype, dtype, *[torch.float32] * 3]
 
@@ -193,9 +199,7 @@ def test_bitwise_repeatable_and_inputs_untouched(backend, positions):
     ids, positions, tensors = make((5,), 17, S=30, positions=positions)
     tensors, dy = leaves(tensors), guarded((5, 19, 12), device=DEVICE)
     before = [t.detach().clone() for t in (*tensors, dy)]
-    runs = [
-        run(fl.dept_embedding, ids, positions, tensors, dy, backend=backend) for _ in range(3)
-    ]
+    runs = [run(fl.dept_embedding, ids, positions, tensors, dy, backend=backend) for _ in range(3)]
     for again in runs[1:]:
         assert all(torch.equal(u, v) for u, v in zip(again, runs[0], strict=True))
     assert all(torch.equal(u, v) for u, v in zip((*tensors, dy), before, strict=True))

@@ -1,6 +1,16 @@
 """Modules: they hold the parameters and call the ops."""
 
+from fused_lora.nn.dept import DePT
+from fused_lora.nn.embedding import DePTEmbedding, LoRAEmbedding, dept_rank
 from fused_lora.nn.linear import LoRALinear, SoRALinear
 from fused_lora.nn.multi import MultiLoRALinear
 
-__all__ = ["LoRALinear", "MultiLoRALinear", "SoRALinear"]
+__all__ = [
+    "DePT",
+    "DePTEmbedding",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "MultiLoRALinear",
+    "SoRALinear",
+    "dept_rank",
+]

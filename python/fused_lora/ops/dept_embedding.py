@@ -7,6 +7,7 @@ With G_p = the sum of dy over the tokens at position p, which is one read of dy:
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,7 @@ def _fake(ids, weight, prompt, lora_a, lora_b, positions, scale, backend):
     return weight.new_empty(*ids.shape[:-1], m + ids.shape[-1], weight.shape[1])
 
 
-def _fake_backward(
-    dy, ids, weight, prompt, lora_a, lora_b, positions, scale, needs, backend
-):
+def _fake_backward(dy, ids, weight, prompt, lora_a, lora_b, positions, scale, needs, backend):
     return tuple(
         t.new_empty(t.shape) if need else dy.new_empty(0)
         for t, need in zip((weight, prompt, lora_a, lora_b), needs, strict=True)
@@ -60,7 +59,9 @@ def sequences(ids: Tensor) -> Tensor:
 def check_bounds(op: str, ids: Tensor, V: int) -> None:
     """IndexError for an id outside of [0, V), where ids are looked at (see AdapterRouting)."""
     if reads_ids(ids) and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < V):
-        raise IndexError(f"{op}: ids must lie in [0, {V}), got {int(ids.min())} to {int(ids.max())}")
+        raise IndexError(
+            f"{op}: ids must lie in [0, {V}), got {int(ids.min())} to {int(ids.max())}"
+        )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -169,7 +170,7 @@ def sums_triton(dy, ids, m, V, S, positions, needs):
 
     need_dw, need_dprompt, need_g = needs
     dw = dprompt = g = None
-    (N, T, D), L = dy.shape, ids.shape[1]
+    (N, L), D = ids.shape, dy.shape[2]
     tokens = dy[:, m:]
     if need_dw:
         dw = sum_segments(tokens, dy.new_empty(V, D), ids)
@@ -200,7 +201,8 @@ torch.library.register_fake("fused_lora::dept_embedding_backward", _fake_backwar
 
 
 class DePTEmbeddingFunction(torch.autograd.Function):
-    """ids [..., L], weight [V, D], prompt [m, D], lora_a [S, R], lora_b [R, D] -> y [..., m + L, D].
+    """ids [..., L], weight [V, D], prompt [m, D], lora_a [S, R], lora_b [R, D] -> y [..., m + L,
+    D].
 
     backward: dy [..., m + L, D] -> dweight, dprompt, dlora_a, dlora_b of their inputs' shapes and
     dtypes, each only where it is asked for. Saved: the inputs, and nothing of y's size.
@@ -339,7 +341,9 @@ def dept_embedding(
     with without_autocast(weight):
         if torch.is_grad_enabled() and trained:
             return DePTEmbeddingFunction.apply(*args, backend)
-        run = torch.ops.fused_lora.dept_embedding if dispatch.watched(weight) else _forward
+        run: Callable = (
+            torch.ops.fused_lora.dept_embedding if dispatch.watched(weight) else _forward
+        )
         return run(*args, backend)
 
 

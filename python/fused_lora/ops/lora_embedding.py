@@ -5,6 +5,8 @@ With h = A^T[ids] and u = scale * dy B, both [M, R]:
     dA^T_v = the sum of u over the tokens with id v      dB = scale * dy^T h
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,7 +210,9 @@ def lora_embedding(
     with without_autocast(weight):
         if torch.is_grad_enabled() and any(t.requires_grad for t in args[1:4]):
             return LoRAEmbeddingFunction.apply(*args, backend)
-        run = torch.ops.fused_lora.lora_embedding if dispatch.watched(weight) else _forward
+        run: Callable = (
+            torch.ops.fused_lora.lora_embedding if dispatch.watched(weight) else _forward
+        )
         return run(*args, backend)
 
 
