@@ -132,7 +132,7 @@ def call(case: Case):
     """The kernels of one forward or backward of lora_linear, on tensors without memory."""
     import torch
 
-    from fused_lora.ops.lora_linear import backward_triton, forward_triton
+    from fused_lora.ops.lora_linear import backward_kernels, forward_kernels
 
     dtype = getattr(torch, DTYPES[case.dtype])
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
@@ -150,6 +150,8 @@ def call(case: Case):
         M = min(M, 64)
         x = empty(M, K)
     if case.call.startswith("multi"):
+        from fused_lora.triton_kernels import primitives
+
         from fused_lora.ops import multi_lora_linear as multi
 
         ids, order, offsets, rank, table = (
@@ -160,18 +162,22 @@ def call(case: Case):
         route = multi.Route(ids, order, offsets)
         if "qkv" in case.call:
             y = empty(M, 3 * N)
-            multi._add_triton(list(y.split(N, 1)), x, [slots] * 3, route)
+            primitives.multi_add_(list(y.split(N, 1)), x, [slots] * 3, route)
         elif "needs" not in options:
-            multi.forward_triton(x, w, slots, route, empty(N), seed, p, options["save_h"])
+            multi.forward_kernels(
+                "triton", x, w, slots, route, empty(N), seed, p, options["save_h"]
+            )
         else:
             dy, h = empty(M, N), empty(M, R)
-            multi.backward_triton(dy, x, w, slots, route, h, seed, p, options["needs"])
+            multi.backward_kernels("triton", dy, x, w, slots, route, h, seed, p, options["needs"])
     elif "needs" not in options:
         bias = empty(N) if options["bias"] else None
-        forward_triton(x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
+        forward_kernels("triton", x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
     else:
         dy, h = empty(M, N), empty(M, R)
-        backward_triton(dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype))
+        backward_kernels(
+            "triton", dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype)
+        )
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -557,7 +557,7 @@ BAD = {
     "bias dtype": ({"bias": torch.Tensor.half}, TypeError, "bias must have x's dtype float32"),
     "p": ({"dropout_p": 1.5}, ValueError, "dropout_p must lie in"),
     "seed": ({"seed": 0.5}, TypeError, "seed must be an int"),
-    "backend": ({"backend": "cuda"}, RuntimeError, r"has no CUDA C\+\+ kernel"),
+    "backend": ({"backend": "cudnn"}, ValueError, "backend must be one of cuda, triton, torch"),
 }
 
 

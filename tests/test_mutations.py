@@ -398,7 +398,8 @@ FAULTS = {
     ),
     "triton asked for, torch run": Fault(
         OP,
-        'forward = forward_triton if backend == "triton" else forward_torch',
+        'forward = forward_torch if backend == "torch" else functools.partial('
+        "forward_kernels, backend)",
         "forward = forward_torch",
         EDGE.format("test_the_kernels_of_the_backend_that_was_asked_for[triton]"),
     ),
