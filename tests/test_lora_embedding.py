@@ -45,11 +45,11 @@ def check_against_fp64(ids, tensors, dy, backend):
 
 @backends
 @given(
-    M=st.sampled_from((0, 1, 2, 31, 65, 130)), V=st.sampled_from((1, 2, 33, 100)),
+    M=st.sampled_from((0, 1, 2, 31, 65, 130)), V=st.sampled_from((1, 2, 33)),
     D=st.sampled_from((1, 7, 64, 65, 130)), R=st.sampled_from((1, 3, 16, 17, 65)),
     dtype=dtypes, layout=layouts, dy_layout=layouts,
 )  # fmt: skip
-@fuzz(30)
+@fuzz(15)
 def test_any_shape(backend, M, V, D, R, dtype, layout, dy_layout):
     ids, tensors = make((M,), V, D, R, dtype=dtype, layout=layout)
     dy = guarded((M, D), dy_layout, dtype=dtype, device=DEVICE)
