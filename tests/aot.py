@@ -43,6 +43,7 @@ CALLS = {
     "multi-qkv": {},
     "multi-qkv-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
+    "embedding": {},
 }
 SLOTS = 64  # of the calls for many adapters
 
@@ -67,13 +68,14 @@ def cases(extent: str) -> list[Case]:
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
                 # Of these calls M changes nothing.
-                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv"
+                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv", "embedding"
                 if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype != "bf16":
             calls = [c for c in CALLS if c.endswith("all") or c.startswith("multi")]
             for (M, R), call in itertools.product(buckets.items(), calls):
                 found.append(Case(sm, dtype, M, R, call))
+            found.append(Case(sm, dtype, 1024, 32, "embedding"))
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
 
@@ -146,6 +148,8 @@ def call(case: Case):
     gate = empty(R, dtype=torch.float32) if options["gate"] else None
     seed = empty(1, dtype=torch.int64) if p else None
     GPU.sm = case.sm
+    if case.call == "embedding":
+        return embeddings(M, R, w)
     if case.call.endswith("decode"):
         M = min(M, 64)
         x = empty(M, K)
@@ -178,6 +182,26 @@ def call(case: Case):
         backward_kernels(
             "triton", dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype)
         )
+
+
+def embeddings(M: int, R: int, weight):
+    """dept_embedding and its sums over the batch, by order and by position, and lora_embedding."""
+    import torch
+    from fused_lora.triton_kernels.embedding import embedding, sum_segments
+
+    def new(*shape, dtype=weight.dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    ids, a, b, prompt = new(8, M // 8, dtype=torch.int64), new(256, R), new(R, K), new(16, K)
+    y = embedding(ids, weight, a, b, scale=2.0, prompt=prompt)
+    embedding(ids, weight, a, b, scale=2.0, prompt=prompt, positions=ids)
+    tokens = ids.view(1, M)
+    embedding(tokens, weight, new(R, N).t(), new(K, R).t(), scale=2.0, positions=tokens)
+    sums = new(16 + M // 8, K, dtype=torch.float32)
+    sum_segments(y, sums)
+    sum_segments(sums[None], new(256, K, dtype=torch.float32), ids[0])
+    sum_segments(y[:, 16:], new(N, K), ids)
+    sum_segments(new(1, M, R), new(R, N).t(), tokens)
 
 
 def tool(name: str, *arguments: str) -> str:

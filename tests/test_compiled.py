@@ -28,6 +28,7 @@ BIG = {
     "multi_row_reduce_kernel": ("z",),
     "multi_gemv_shrink_kernel": ("a",),
     "multi_gemv_add_kernel": ("v",),
+    "embedding_kernel": ("w", "b"),
 }
 # wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied,
 # element by element.
@@ -58,7 +59,8 @@ def facts(tmp_path_factory):
 def tensor_core(f: dict) -> str:
     """The instruction that is meant: the family's own where a product has 64 rows, else HMMA."""
     c = f["config"]
-    rows = c["BLOCK_M"] if f["kernel"].endswith("segment_gemm_kernel") else c["BLOCK_R"]
+    lhs_m = f["kernel"].endswith(("segment_gemm_kernel", "embedding_kernel"))
+    rows = c["BLOCK_M"] if lhs_m else c["BLOCK_R"]
     own = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}[f["family"]]
     return own if rows >= 64 else "HMMA"
 

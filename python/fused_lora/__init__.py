@@ -5,7 +5,9 @@ from fused_lora.bank import AdapterBank
 from fused_lora.checkpoint import load_adapter, save_adapter
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.integrations.peft import accelerate, restore
+from fused_lora.ops.dept_embedding import dept_embedding
 from fused_lora.ops.dispatch import backends, use_backend, why
+from fused_lora.ops.lora_embedding import lora_embedding
 from fused_lora.ops.lora_linear import lora_linear
 from fused_lora.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from fused_lora.ops.routing import AdapterRouting
@@ -20,8 +22,10 @@ __all__ = [
     "LoRAConfig",
     "accelerate",
     "backends",
+    "dept_embedding",
     "inject",
     "load_adapter",
+    "lora_embedding",
     "lora_linear",
     "merge",
     "multi_lora_add_",

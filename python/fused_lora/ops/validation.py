@@ -12,6 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 LARGEST = sys.float_info.max
 
@@ -60,10 +61,10 @@ def check_shape(op: str, name: str, value: Tensor, wanted: tuple, spelled: str) 
     raise ValueError(f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(shape)}")
 
 
-def check_device(op: str, name: str, value: Tensor, x: Tensor) -> None:
+def check_device(op: str, name: str, value: Tensor, x: Tensor, of: str = "x") -> None:
     if value.device != x.device:
         raise ValueError(
-            f"{op}: {name} is on {value.device} but x is on {x.device}; move one of them"
+            f"{op}: {name} is on {value.device} but {of} is on {x.device}; move one of them"
         )
 
 

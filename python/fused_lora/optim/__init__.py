@@ -2,6 +2,7 @@
 
 from fused_lora.ops.soft_threshold import soft_threshold_
 from fused_lora.optim.adalora import AdaLoRA, RankAllocator, orthogonality_penalty
+from fused_lora.optim.dept import dept_groups
 from fused_lora.optim.gates import GateLog, kept_parameters, named_gates
 from fused_lora.optim.groups import lora_plus_groups
 from fused_lora.optim.prune import PruneReport, prune
@@ -15,6 +16,7 @@ __all__ = [
     "RankAllocator",
     "SoRA",
     "SparsitySchedule",
+    "dept_groups",
     "gate_l1",
     "kept_parameters",
     "lora_plus_groups",
