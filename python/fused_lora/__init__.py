@@ -5,7 +5,9 @@ from fused_lora.bank import AdapterBank
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.ops.dispatch import backends, use_backend, why
+from fused_lora.ops.lora_add import lora_add
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_linear_group import lora_linear_group
 from fused_lora.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from fused_lora.ops.routing import AdapterRouting
 from fused_lora.store import AdapterStore
@@ -20,7 +22,9 @@ __all__ = [
     "accelerate",
     "backends",
     "inject",
+    "lora_add",
     "lora_linear",
+    "lora_linear_group",
     "merge",
     "multi_lora_add_",
     "multi_lora_linear",
