@@ -115,9 +115,9 @@ def _check(base_out, x, lora_a, lora_b, gate, scale, dropout_p, seed):
     check.check_tensor(op, "base_out", base_out)
     x = check.checked_input(op, x, dropout_p, seed)
     if base_out.shape[:-1] != x.shape[:-1] or base_out.ndim != x.ndim:
+        shape = ", ".join([*map(str, x.shape[:-1]), "any"])
         raise ValueError(
-            f"{op}: base_out must have shape [..., N] = {[*x.shape[:-1], 'any']}, got "
-            f"{list(base_out.shape)}"
+            f"{op}: base_out must have shape [..., N] = [{shape}], got {list(base_out.shape)}"
         )
     check.check_device(op, "base_out", base_out, x)
     if (dtype := check.autocast_dtype(x)) is not None:
