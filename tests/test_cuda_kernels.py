@@ -325,13 +325,13 @@ BAD = {
         t, t, None, [], None, 1.0, 1.0, 0, 1, 7, None, None, None
     ),
     "segment_gemm: there must be as many": lambda ops, t: ops.segment_gemm_cuda(
-        [t], [], -1, [], None, None, 0, 1.0, t, False, 64
+        [t], [], -1, [], None, None, None, 0, 1.0, t, 64
     ),
     "segment_gemm: there are no tiles of 32": lambda ops, t: ops.segment_gemm_cuda(
-        [t], [t], -1, [], None, None, 0, 1.0, torch.empty(4, 4, device=DEVICE), False, 32
+        [t], [t], -1, [], None, None, None, 0, 1.0, torch.empty(4, 4, device=DEVICE), 32
     ),
     "segment_gemm: a right operand has another": lambda ops, t: ops.segment_gemm_cuda(
-        [t], [t.half()], -1, [], None, None, 0, 1.0, torch.empty(4, 4, device=DEVICE), False, 64
+        [t], [t.half()], -1, [], None, None, None, 0, 1.0, torch.empty(4, 4, device=DEVICE), 64
     ),
     "row_reduce: rows, w or u": lambda ops, t: ops.row_reduce_cuda(
         t, t, t, [], None, 0, None, 64, torch.empty(1, 8, 8, device=DEVICE), None

@@ -518,7 +518,7 @@ FAULTS = {
     ),
     "the value of a scale tensor dropped": Fault(
         OP,
-        "if gate is None else gate) * scale.to(x.device)",
+        "if gate is None else gate) * scale.to(lora_a.device)",
         "if gate is None else gate)",
         "test_lora_linear.py::test_scale_tensor[torch]",
     ),
@@ -863,7 +863,7 @@ CUDA_FAULTS = {
     ),
     "cuda: segment_gemm: y is not added to": Fault(
         "segment_gemm.cuh",
-        "if (p.add) value +=",
+        "if (add) value +=",
         "if (false) value +=",
         "test_multi_lora_linear.py::test_autograd_sees_that_y_was_written[70-cuda]",
     ),
