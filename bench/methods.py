@@ -68,10 +68,10 @@ class Plan(NamedTuple):
 
 STAGES = {
     "cpu": Plan(
-        "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 120, 30, 8, 30
+        "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
     ),
     "gpu": Plan(
-        "cuda", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 120, 30, 8, 30
+        "cuda", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
     ),
     "cpu-quick": Plan("quick", 1, (1, 4), (1,), (1e-3, 1e-2), 12, 6, 4, 3),
 }
@@ -126,16 +126,6 @@ def layers_of(model: nn.Module) -> list[fl.nn.LoRALinear]:
     return [m for m in model.modules() if isinstance(m, fl.nn.LoRALinear)]
 
 
-def kept(model: nn.Module) -> int:
-    """Parameters of the adapters that are not cut: sum r (K + N), or nnz(g) (K + N + 1)."""
-    found = 0
-    for layer in layers_of(model):
-        ends = layer.in_features + layer.out_features
-        gate = getattr(layer, "gate", None)
-        found += layer.r * ends if gate is None else int(gate.count_nonzero()) * (ends + 1)
-    return found
-
-
 class Task:
     """The batches of a seed and what is held out, on a device."""
 
@@ -149,7 +139,7 @@ class Task:
         return {
             "method": method,
             "setting": setting,
-            "kept": kept(model),
+            "kept": fl.optim.kept_parameters(model),
             "bits": bits,
             "steps": steps,
         }
@@ -260,7 +250,7 @@ def step_peft(base: GPT, r: int, s: Settings, *, adalora: bool) -> Callable[[Ten
 
     def step(tokens: Tensor) -> None:
         nonlocal count
-        loss = model(tokens).loss
+        loss = model.base_model(tokens).loss  # PeftModel's own forward leaves the penalty out
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
