@@ -23,6 +23,7 @@ from fused_lora.checkpoint.formats import (
 from fused_lora.checkpoint.reading import PREFIX, read_tensors, sorted_keys
 from fused_lora.inject import LoRAConfig, inject, nearest
 from fused_lora.nn.adalora import AdaLoRALinear
+from fused_lora.nn.adapter import ADAPTED, LoRAAdapter
 from fused_lora.nn.linear import LoRALinear
 from fused_lora.optim.adalora import RankAllocator
 
@@ -148,7 +149,7 @@ def load_adalora(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
                 f"{folder}: {name} is of a weight of shape {[N, K]}, the model's has "
                 f"{list(linear.weight.shape)}"
             )
-    adapted = {name: m for name, m in modules.items() if isinstance(m, LoRALinear)}
+    adapted = {name: m for name, m in modules.items() if isinstance(m, ADAPTED)}
     if adapted:
         _check_adapted(folder, adapted, set(found), reader.init_r)
     else:
@@ -180,7 +181,9 @@ def _take(layer, mask: list[bool], weights) -> None:
     layer.swap(a, b, scale=weights.scale, gate=gate)
 
 
-def _check_adapted(folder, adapted: dict[str, LoRALinear], found: set[str], init_r: int) -> None:
+def _check_adapted(
+    folder, adapted: dict[str, LoRALinear | LoRAAdapter], found: set[str], init_r: int
+) -> None:
     for name, layer in adapted.items():
         if not isinstance(layer, AdaLoRALinear):
             raise TypeError(f"{folder}: {name} is a {type(layer).__name__}, not an AdaLoRALinear")
@@ -222,7 +225,7 @@ def save_adalora(
     scale that is not positive, which PEFT replaces, and for NaN or infinity; TypeError for dtypes
     other than fp32, fp16 and bf16.
     """
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)}
     layers = {name: m for name, m in adapted.items() if isinstance(m, AdaLoRALinear)}
     if not layers:
         raise ValueError("model has no AdaLoRALinear; there is no adapter to save")

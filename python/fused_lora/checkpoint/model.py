@@ -1,5 +1,6 @@
 """Adapters of a model, to a folder and back."""
 
+import functools
 import os
 import re
 import shlex
@@ -19,18 +20,20 @@ from fused_lora.checkpoint.reading import Adapter, read_folder
 from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
 from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
 from fused_lora.nn.adalora import AdaLoRALinear
-from fused_lora.nn.checks import check_linear
+from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype
+from fused_lora.nn.checks import check_linear, is_quantised
 from fused_lora.nn.linear import LoRALinear, SoRALinear
 
 # Of these it is known that A, B, scale and gate are all that they are.
-KINDS = LoRALinear, SoRALinear
+KINDS = LoRALinear, SoRALinear, LoRAAdapter
+Layer = LoRALinear | LoRAAdapter
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model within torch.compile and DistributedDataParallel."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, LoRALinear):
+    if isinstance(model, ADAPTED):
         raise TypeError("model is itself an adapted layer, without a name; give what contains it")
     inner = model.module if isinstance(model, DistributedDataParallel) else None
     inner = getattr(model, "_orig_mod", inner)
@@ -38,17 +41,20 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """{name: module} of every name, "" for the model; without the names that torch.compile adds."""
+    """{name: module} of every name, "" for the model; without the names that torch.compile adds,
+    and without what is within a LoRAAdapter, which stands for its base."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): module for name, module in modules}
+    names = {name.replace("_orig_mod.", ""): module for name, module in modules}
+    around = tuple(f"{name}." for name, m in names.items() if isinstance(m, LoRAAdapter))
+    return {name: m for name, m in names.items() if not name.startswith(around)}
 
 
-def _adapted(names: Mapping[str, torch.nn.Module]) -> dict[str, LoRALinear]:
+def _adapted(names: Mapping[str, torch.nn.Module]) -> dict[str, Layer]:
     """The adapted layers, each under its first name."""
     first: dict[int, str] = {}
     for name, module in names.items():
         first.setdefault(id(module), name)
-    return {n: m for n, m in names.items() if isinstance(m, LoRALinear) and first[id(m)] == n}
+    return {n: m for n, m in names.items() if isinstance(m, ADAPTED) and first[id(m)] == n}
 
 
 def _other_tensors(
@@ -65,7 +71,9 @@ def _other_tensors(
         if isinstance(t, Tensor)
     }
     for name in {"none": [], "lora_only": layers, "all": names}[bias]:
-        parameter = names[name]._parameters.get("bias")
+        module = names[name]
+        base = module.base_layer if isinstance(module, LoRAAdapter) else module
+        parameter = base._parameters.get("bias")
         if parameter is not None:
             found[f"{name}.bias" if name else "bias"] = parameter
     return found
@@ -77,11 +85,11 @@ def _whole(model: torch.nn.Module, names: Mapping[str, torch.nn.Module]) -> tupl
     if config is None:
         return [], "none"
     entries = config.modules_to_save or []
-    saved = [n for n, m in names.items() if _matches(entries, n) and not isinstance(m, LoRALinear)]
+    saved = [n for n, m in names.items() if _matches(entries, n) and not isinstance(m, ADAPTED)]
     return saved, config.bias
 
 
-def _weights(name: str, layer: LoRALinear, fold_gate: bool) -> AdapterWeights:
+def _weights(name: str, layer: Layer, fold_gate: bool) -> AdapterWeights:
     weights = AdapterWeights(layer.lora_a, layer.lora_b, layer.scale, layer.gate)
     if fold_gate:
         return folded(weights)
@@ -99,8 +107,8 @@ def save_adapter(
 ) -> None:
     """Write the adapters of model into the folder dir, in PEFT's format.
 
-    adapter_config.json and adapter_model.safetensors, from LoRALinear layers, are what
-    PeftModel.from_pretrained loads: layers may differ in rank and scale (rank_pattern,
+    adapter_config.json and adapter_model.safetensors, from LoRALinear and LoRAAdapter layers, are
+    what PeftModel.from_pretrained loads: layers may differ in rank and scale (rank_pattern,
     alpha_pattern), and layers that are plain again, as after pruning, are none of its targets. What
     fl.inject's config trains besides, biases and modules_to_save, goes into the same file. Merged
     or not, A and B are saved.
@@ -155,7 +163,7 @@ def save_adapter(
 
 
 def _warn_of_peft(
-    names: Mapping[str, torch.nn.Module], layers: Mapping[str, LoRALinear], saved: list[str]
+    names: Mapping[str, torch.nn.Module], layers: Mapping[str, Layer], saved: list[str]
 ) -> None:
     """What load_adapter reads rightly, and PEFT does not."""
     adapted = {id(layer) for layer in layers.values()}
@@ -179,17 +187,18 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     A folder of PEFT's AdaLoRA is read by checkpoint.adalora.load_adalora.
 
     A model without adapters gets them in the layers that the folder has, as by fl.inject:
-    SoRALinear where there are gates, else LoRALinear, everything else frozen; bias and
+    SoRALinear where there are gates, else LoRALinear, and LoRAAdapter around a quantised layer,
+    everything else frozen; bias and
     modules_to_save as the config says. A and B keep the file's dtype or go to a wider one.
 
     A model with adapters takes the values into the Parameters that it has, rounded to their dtype,
     and the scale of the file. Its layers, their ranks, and what else is trained must be those of
-    the file. A SoRALinear layer takes an adapter without gates with gates of one.
+    the file. A layer that has a gate takes an adapter without gates with gates of one.
 
     The folder is not trusted: see fused_lora.checkpoint.read_adapter for what is refused. Nothing
     of model is changed where one of these is raised: what read_adapter raises, ValueError for
     layers, shapes or ranks that do not fit, with the nearest names, TypeError for layers that are
-    not a plain nn.Linear, RuntimeError for a merged layer.
+    neither a plain nn.Linear nor quantised, RuntimeError for a merged layer.
     """
     whole, model = model, _unwrapped(model)
     names = _names(model)
@@ -210,7 +219,7 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
         names = _names(model)
         saved, bias = _whole(model, names)
     for name, weights in adapter.layers.items():
-        layer: LoRALinear = names[name]  # type: ignore[assignment]
+        layer: Layer = names[name]  # type: ignore[assignment]
         layer.use_rslora = bool(adapter.config.get("use_rslora"))
         layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
     others = _other_tensors(names, adapter.layers, saved, bias)
@@ -219,7 +228,7 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     return whole
 
 
-def _check_layers(dir, adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
+def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
     """The file's layers are those of an adapted model."""
     if unknown := [name for name in adapter.layers if name not in layers]:
         raise ValueError(
@@ -235,12 +244,12 @@ def _check_layers(dir, adapter: Adapter, layers: Mapping[str, LoRALinear]) -> No
         layer = layers[name]
         if type(layer) not in KINDS:
             raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
-        if layer.merged:
+        if isinstance(layer, LoRALinear) and layer.merged:
             raise RuntimeError(f"{name} is merged; call fl.unmerge(model) before loading into it")
         if weights.gate is not None and layer.gate is None:
             raise ValueError(
-                f"{dir} has a gate for {name}, which is a LoRALinear; fold the gates first: "
-                f"fused-lora convert {shlex.quote(str(dir))} {shlex.quote(f'{dir}-folded')}"
+                f"{dir} has a gate for {name}, which is a {type(layer).__name__}; fold the gates "
+                f"first: fused-lora convert {shlex.quote(str(dir))} {shlex.quote(f'{dir}-folded')}"
             )
         for part in ("lora_a", "lora_b"):
             mine, t = getattr(layer, part), getattr(weights, part)
@@ -292,19 +301,17 @@ def _plan(
                 f"{dir}: the model has no module {name!r}; nearest: {nearest([name], linears)}"
             )
         linear: torch.nn.Linear = names[name]  # type: ignore[assignment]
-        check_linear(f"{dir}: {name}", linear)
+        if not is_quantised(linear):
+            check_linear(f"{dir}: {name}", linear)
         if _lies_in(saved, name) or first.setdefault(id(linear), name) != name:
             other = first.get(id(linear), "one of modules_to_save")
             raise ValueError(f"{dir}: {name} has an adapter, and is {other} too")
         R = weights.lora_a.shape[0]
-        N, K = linear.weight.shape
+        N, K = linear.out_features, linear.in_features
         _check_shape(f"{dir}: lora_a of {name}", weights.lora_a, (R, K))
         _check_shape(f"{dir}: lora_b of {name}", weights.lora_b, (N, R))
-        dtypes = (
-            torch.promote_types(weights.lora_a.dtype, weights.lora_b.dtype),
-            linear.weight.dtype,
-        )
-        wider |= torch.promote_types(*dtypes) != linear.weight.dtype
+        dtypes = weights.lora_a.dtype, weights.lora_b.dtype, weight_dtype(linear)
+        wider |= functools.reduce(torch.promote_types, dtypes) != dtypes[-1]
     bias = adapter.config.get("bias") or "none"
     _check_others(dir, adapter, _other_tensors(names, adapter.layers, saved, bias))
     config = LoRAConfig(

@@ -35,6 +35,26 @@ def check_choice(name: str, value, choices: Sequence) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+# Linear layers of other libraries, which need not be there: their product, of a weight that they
+# keep in fewer bits, is their own, and has the gradient of its input.
+_QUANTISED = {
+    f"bitsandbytes.nn.modules.{name}"
+    for name in ("Linear4bit", "LinearFP4", "LinearNF4", "Linear8bitLt")
+}
+
+
+def kind_of(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_quantised(module: torch.nn.Module) -> bool:
+    """A layer of bitsandbytes by its name, or an nn.Linear whose weight is a torchao tensor."""
+    weight = getattr(module, "weight", None)
+    return kind_of(module) in _QUANTISED or (
+        type(module) is torch.nn.Linear and type(weight).__module__.split(".")[0] == "torchao"
+    )
+
+
 def check_linear(name: str, linear) -> None:
     """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor."""
     _check_plain(name, linear, torch.nn.Linear, ("weight", "bias"))
@@ -53,9 +73,8 @@ def _check_plain(name: str, module, wanted: type, parameters: Sequence[str]) -> 
     kind = type(module)
     if kind is not wanted:
         raise TypeError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}; only a plain "
-            f"torch.nn.{wanted.__name__} can be adapted, because what a subclass computes is not "
-            f"known"
+            f"{name} is a {kind_of(module)}; only a plain torch.nn.{wanted.__name__} can be "
+            f"adapted, because what a subclass computes is not known"
         )
     for own, t in module.named_parameters():
         if own not in parameters:

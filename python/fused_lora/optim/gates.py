@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from fused_lora.nn.linear import LoRALinear, SoRALinear
+from fused_lora.nn.adapter import ADAPTED
 
 # How models name their projections: by the ends of module names, the longest that fits counts.
 _NAMES = {
@@ -38,8 +38,13 @@ def block_of(name: str) -> int | None:
 
 
 def named_gates(model: torch.nn.Module) -> dict[str, Parameter]:
-    """{name of the layer: its gate} of every SoRALinear of model; a shared layer is there once."""
-    return {name: m.gate for name, m in model.named_modules() if isinstance(m, SoRALinear)}
+    """{name of the layer: its gate} of every SoRALinear, and LoRAAdapter with a gate, of model; a
+    shared layer is there once."""
+    return {
+        name: m.gate
+        for name, m in model.named_modules()
+        if isinstance(m, ADAPTED) and m.gate is not None
+    }
 
 
 def gate_counts(model: torch.nn.Module) -> dict[str, int]:
@@ -62,7 +67,7 @@ def kept_parameters(model: torch.nn.Module) -> int:
     counts = gate_counts(model)
     total = 0
     for name, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, ADAPTED):
             wide = layer.in_features + layer.out_features
             total += layer.r * wide if layer.gate is None else counts[name] * (wide + 1)
     return total
@@ -100,13 +105,14 @@ class GateLog:
     keep_gates=True) takes away in between count as closed, and ranks are those at the beginning.
     `history` is plain data: [{"step", "sparsity", "parameters", "kept": {layer: rank}}].
 
-    Raises TypeError for anything but a module, ValueError where there is no SoRALinear.
+    Raises TypeError for anything but a module, ValueError where no layer has a gate.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, SoRALinear)}
+        gated = named_gates(model)
+        layers = {n: m for n, m in model.named_modules() if n in gated}
         if not layers:
             raise ValueError(
                 "model has no SoRALinear; inject with LoRAConfig(gate=True) makes them"

@@ -28,9 +28,9 @@ def lora_plus_groups(
 
         optimizer = torch.optim.AdamW(fl.optim.lora_plus_groups(model, lr=1e-4, ratio=16))
 
-    The groups hold every parameter of model that requires a gradient, once, but the gates of
-    SoRALinear, which are fl.optim.SoRA's; a group without a parameter is left out, and the "name"
-    of each says which it is.
+    The groups hold every parameter of model that requires a gradient, once, but the gates that
+    fl.optim.named_gates finds, which are fl.optim.SoRA's; a group without a parameter is left out,
+    and the "name" of each says which it is.
 
     lr, ratio, weight_decay: floats at least 0.
     embedding_lr: of A and B in embedding layers; None treats them as the others.

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_lora.inject import LoRAConfig
-from fused_lora.nn.checks import check_choice
+from fused_lora.nn.adapter import ADAPTED
+from fused_lora.nn.checks import check_choice, kind_of
 from fused_lora.nn.linear import LoRALinear, SoRALinear
 from fused_lora.ops import validation as check
+from fused_lora.optim.gates import named_gates
 
 
 class LayerRank(NamedTuple):
@@ -63,14 +65,14 @@ class _Cut(NamedTuple):
 def _check(model) -> dict[str, SoRALinear]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SoRALinear)}
+    gated = named_gates(model)
+    layers: dict[str, SoRALinear] = {n: m for n, m in model.named_modules() if n in gated}
     if not layers:
         raise ValueError("model has no SoRALinear; LoRAConfig(gate=True) makes them")
     for name, layer in layers.items():
-        kind = type(layer)
-        if kind is not SoRALinear:
+        if type(layer) is not SoRALinear:
             raise TypeError(
-                f"{name!r} is a {kind.__module__}.{kind.__qualname__}; only a plain SoRALinear can "
+                f"{name!r} is a {kind_of(layer)}; only a plain SoRALinear can "
                 f"be cut, because what a subclass computes is not known"
             )
         if layer.merged:
@@ -136,7 +138,7 @@ def _remove_adapter(layer: SoRALinear) -> None:
 
 def _config_of_what_is_left(config: LoRAConfig, model, keep_gates: bool) -> LoRAConfig | None:
     """What inject makes the pruned layers from; None where no adapter is left."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)}
     if not layers:
         return None
     patterns = {"^" + re.escape(name): m for name, m in layers.items()}
@@ -172,10 +174,10 @@ def prune(model: torch.nn.Module, *, keep_gates: bool = False) -> PruneReport:
     model.fused_lora_config, where inject left one, is made to describe what is left.
 
     Returns a PruneReport, which lists each layer's rank before and after. Nothing is changed where
-    one of these is raised: TypeError for a model that is no module, or a subclass of SoRALinear;
-    ValueError where there is no SoRALinear, for a gate that is not finite, for meta tensors, or
-    where B diag(g) overflows B's dtype; RuntimeError where a layer is merged; NotImplementedError
-    for tensor subclasses. It waits for the device.
+    one of these is raised: TypeError for a model that is no module, a subclass of SoRALinear, or a
+    LoRAAdapter with a gate; ValueError where there is no SoRALinear, for a gate that is not finite,
+    for meta tensors, or where B diag(g) overflows B's dtype; RuntimeError where a layer is merged;
+    NotImplementedError for tensor subclasses. It waits for the device.
     """
     check_choice("keep_gates", keep_gates, (True, False))
     layers = _check(model)
