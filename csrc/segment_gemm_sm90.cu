@@ -19,10 +19,10 @@ Rows rows_of(const Matrix<T>& m) {
   return {m.data, m.rows, m.cols, m.row_stride};
 }
 
-// Segments from `waits_from` on, and nothing else, read what the kernel ahead writes.
-void segment_gemm_sm90_cuda(Tensors lefts, Tensors rights, MaybeTensor bias, MaybeTensor bits,
-                            int64_t masked, double keep_scale, Tensor y, int64_t block_m,
-                            int64_t block_n, int64_t waits_from) {
+// Segments from `waits_from` on, and base, read what the kernel ahead writes; nothing else does.
+void segment_gemm_sm90_cuda(Tensors lefts, Tensors rights, MaybeTensor bias, MaybeTensor base,
+                            MaybeTensor bits, int64_t masked, double keep_scale, Tensor y,
+                            int64_t block_m, int64_t block_n, int64_t waits_from) {
   const Call call{"segment_gemm_sm90", y.get_device_index()};
   check(lefts.size() == rights.size() && lefts.size() <= kMaxSegments, call.op,
         ": there must be as many lefts as rights, and at most ", kMaxSegments);
@@ -36,11 +36,12 @@ void segment_gemm_sm90_cuda(Tensors lefts, Tensors rights, MaybeTensor bias, May
       p.M = y.size(0);
       p.N = y.size(1);
       p.y = call.data<T>("y", y, {p.M, p.N});
-      check(p.M < int64_t(1) << 31 && p.N < int64_t(1) << 31, call.op,
-            ": M and N must be below 2^31");
+      check(p.M <= kMaxSize && p.N <= kMaxSize, call.op, ": M and N must be at most ", kMaxSize);
       for (int64_t i = 0; i < int64_t(lefts.size()); ++i) {
         if (i == masked) p.masked = p.count;
         if (i == waits_from) p.waits_from = p.count;
+        check(lefts[i].dim() == 2 && rights[i].dim() == 2, call.op,
+              ": an operand must be a matrix");
         const int64_t width = lefts[i].size(1);
         const Matrix<T> left = call.matrix<T>("a left operand", lefts[i], p.M, width);
         const Matrix<T> right = call.matrix<T>("a right operand", rights[i], p.N, width);
@@ -60,7 +61,7 @@ void segment_gemm_sm90_cuda(Tensors lefts, Tensors rights, MaybeTensor bias, May
       if (waits_from >= int64_t(lefts.size())) p.waits_from = p.count;
       p.bits = call.data<uint8_t>("bits", bits, {p.M, divide_up(p.N, 8)});
       p.keep_scale = float(keep_scale);
-      p.bias = nullptr;
+      if (base.has_value()) p.base = call.matrix<T>("base", *base, p.M, p.N);
       if (bias.has_value()) p.bias = call.data<T>("bias", *bias, {p.N});
       const OnDevice on(call.device);
       bool hopper = false;

@@ -1,4 +1,4 @@
-// y = bias + sum_i L_i R_i^T as segment_gemm.cuh has it, for compute capability 9.0: TMA brings the
+// y = base + bias + sum_i L_i R_i^T as segment_gemm.cuh has it, for compute capability 9.0: TMA brings the
 // tiles, wgmma multiplies them where they lie, and two blocks share what both need.
 //
 // A block is a producer warpgroup, of which one thread starts the copies, and two consumer
@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/hopper.cuh"
+#include "common/tile.cuh"
 
 namespace fused_lora::segment_gemm_sm90 {
 
@@ -31,8 +32,9 @@ struct Sum {
   int masked;           // after so many segments the accumulator is multiplied by D
   const uint8_t* bits;  // [M, ceil(N / 8)] or null
   float keep_scale;
-  const T* bias;  // [N] or null
-  T* y;           // [M, N]
+  const T* bias;   // [N] or null
+  Matrix<T> base;  // [M, N], which may be y; data null where there is none
+  T* y;            // [M, N]
   int64_t M, N;
 };
 
@@ -75,10 +77,11 @@ struct Config {
   static constexpr int kOutputBytes = 64 * kRowBytes, kOutputs = 2;  // of each consumer
   static constexpr int kOutputsBytes = kConsumers * kOutputs * kOutputBytes;
   static constexpr int kAlignment = 1024;
-  static constexpr int kStages = (kMaxShared - kAlignment - kOutputsBytes - 128) / kStageBytes;
+  static constexpr int kStages =
+      (kHopperShared - kAlignment - kOutputsBytes - 128) / kStageBytes;
   static constexpr int kShared =
       kAlignment + kStages * kStageBytes + kOutputsBytes + 2 * kStages * int(sizeof(Barrier));
-  static_assert(kStages >= 3 && kShared <= kMaxShared, "");
+  static_assert(kStages >= 3 && kShared <= kHopperShared, "");
 };
 
 template <typename C>
@@ -287,9 +290,17 @@ __device__ void apply_mask(float (&acc)[C::BLOCK_N / 2], const Sum<typename C::T
   }
 }
 
+// The sums at (m, n) and (m, n + 1) with bias and base, rounded.
 template <typename T>
-__device__ uint32_t pack(float low, float high) {
-  alignas(4) const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+__device__ uint32_t rounded(const float* sums, const Sum<T>& p, int64_t m, int64_t n) {
+  alignas(4) T pair[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float value = sums[e];
+    if (p.bias != nullptr && n + e < p.N) value += to_float(p.bias[n + e]);
+    if (p.base.data != nullptr && m < p.M && n + e < p.N) value += to_float(*p.base.at(m, n + e));
+    pair[e] = from_float<T>(value);
+  }
   return *reinterpret_cast<const uint32_t*>(pair);
 }
 
@@ -313,16 +324,9 @@ __device__ void store_rows(const float (&acc)[C::BLOCK_N / 2], const Params<type
       uint32_t packed[4];
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const float* from = acc + (box * 8 + j) * 4 + part * 2;
-        float values[2] = {from[0], from[1]};
-        if (p.bias != nullptr) {
-          const int64_t col = n + (j + part / 2) * 8 + lane % 4 * 2;
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (col + e < p.N) values[e] += to_float(p.bias[col + e]);
-          }
-        }
-        packed[part] = pack<T>(values[0], values[1]);
+        const int64_t m = m0 + thread / 32 * 16 + part % 2 * 8 + lane / 4;
+        const int64_t col = n + (j + part / 2) * 8 + lane % 4 * 2;
+        packed[part] = rounded<T>(acc + (box * 8 + j) * 4 + part * 2, p, m, col);
       }
       const int chunk = j + lane / 16;
       store_matrices(output + row * kRowBytes + (chunk ^ row % 8) * 16, packed);

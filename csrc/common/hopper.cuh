@@ -22,7 +22,9 @@ namespace fused_lora {
 
 constexpr int kBoxCols = 64;  // elements of a row of a tile
 constexpr int kRowBytes = 128;
-constexpr int kMaxShared = 227 * 1024;  // bytes of a block
+constexpr int kHopperShared = 227 * 1024;  // bytes of shared memory that a block may have
+// Of a matrix: then a tile that begins past its end still has 32-bit coordinates.
+constexpr int64_t kMaxSize = (int64_t(1) << 31) - 1024;
 
 // 16-bit rows in global memory, for TMA: [rows, cols], row_stride elements apart.
 struct Rows {
@@ -31,8 +33,8 @@ struct Rows {
 
   // Whether TMA can address it: aligned rows that do not overlap, and 32-bit coordinates.
   bool fits() const {
-    constexpr int64_t kChunk16 = 8, kMaxSize = int64_t(1) << 31;
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows < kMaxSize && cols < kMaxSize &&
+    constexpr int64_t kChunk16 = 8;
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows <= kMaxSize && cols <= kMaxSize &&
            (rows <= 1 ||
             (row_stride % kChunk16 == 0 && row_stride >= cols && row_stride < int64_t(1) << 39));
   }

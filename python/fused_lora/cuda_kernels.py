@@ -5,6 +5,8 @@ workspace is a tensor of torch's allocator, and so belongs to a CUDA graph that 
 """
 
 import functools
+import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -20,12 +22,13 @@ _library.define(
 )
 _library.define(
     "segment_gemm_cuda(Tensor[] lefts, Tensor[] rights, int gathered, Tensor[] many, "
-    "Tensor? bias, Tensor? bits, int masked, float keep_scale, Tensor(a!) y, bool add, "
+    "Tensor? bias, Tensor? base, Tensor? bits, int masked, float keep_scale, Tensor(a!) y, "
     "int block_m) -> ()"
 )
 _library.define(
-    "segment_gemm_sm90_cuda(Tensor[] lefts, Tensor[] rights, Tensor? bias, Tensor? bits, "
-    "int masked, float keep_scale, Tensor(a!) y, int block_m, int block_n, int waits_from) -> ()"
+    "segment_gemm_sm90_cuda(Tensor[] lefts, Tensor[] rights, Tensor? bias, Tensor? base, "
+    "Tensor? bits, int masked, float keep_scale, Tensor(a!) y, int block_m, int block_n, "
+    "int waits_from) -> ()"
 )
 _library.define(
     "row_reduce_cuda(Tensor z, Tensor v, Tensor? w, Tensor[] many, Tensor? seed, int threshold, "
@@ -64,7 +67,14 @@ BLOCK_N = 32  # columns of a block of decode
 TILES = (128, 128), (64, 64), (16, 64)  # of segment_gemm; float32 has not the first
 HOPPER_TILES = (128, 256), (128, 192), (256, 128)  # of its form for compute capability 9.0
 MAX_SEGMENTS = 8
+MAX_SIZE = 2**31 - 1024  # of an operand of that form
 DECODE_ROWS = 64
+
+# The form of segment_gemm: None is the one for compute capability 8.0 and later. "sm90" has yet to
+# run on a GPU, and is taken where it is asked for.
+FORM = os.environ.get("FUSED_LORA_CUDA_GEMM") or None
+if FORM not in (None, "sm90"):
+    raise ValueError(f"FUSED_LORA_CUDA_GEMM must be 'sm90' or not set, got {FORM!r}")
 
 # Predictions, to be replaced by what a GPU measures.
 BLOCKS_PER_SM = 2
@@ -163,35 +173,58 @@ def tile(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
     return 64 if M > 16 else 16
 
 
-def segment_gemm(segments, *, bias=None, mask=None, block_m=None):
-    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
+def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None, early=0):
+    """y [M, N] = base + bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in order.
 
-    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
-    accumulator is multiplied by keep * keep_scale. block_m are the rows of a tile, or "hopper":
-    then it is hopper_segment_gemm, which nothing else chooses.
+    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n <= 8): after the first n segments
+    the accumulator is multiplied by keep * keep_scale. base [M, N], of any strides, is not written.
+
+    A launch takes 8 segments. The segments past them are further launches, each onto the result of
+    the one before, which is rounded between them.
+
+    block_m are the rows of a tile, or "sm90": then, or where FORM is that, it is
+    hopper_segment_gemm wherever that can run. Where it cannot, a warning says why. early: how many
+    of the segments were complete, as bias was, before the kernel launched last began.
     """
-    if block_m == "hopper":
-        return hopper_segment_gemm(segments, bias=bias, mask=mask)
-    lefts, rights = (list(side) for side in zip(*segments, strict=True))
-    y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
-    _start_segments(lefts, rights, -1, [], bias, mask, y, False, block_m)
+    if (block_m or FORM) == "sm90":
+        if (reason := hopper_refuses(segments)) is None:
+            return hopper_segment_gemm(segments, base=base, bias=bias, mask=mask, early=early)
+        warnings.warn(f"segment_gemm: the form 'sm90' is not taken: {reason}", stacklevel=2)
+        block_m = None
+    y = _new_sum(segments)
+    for lefts, rights, base, bias, mask in _by_launch(segments, y, base, bias, mask):
+        _start_segments(lefts, rights, -1, [], bias, base, mask, y, block_m)
     return y
 
 
-def _start_segments(lefts, rights, gathered, many, bias, mask, y, add, block_m):
+def _new_sum(segments) -> Tensor:
+    left, right = segments[0]
+    return left.new_empty(left.shape[0], right.shape[0])
+
+
+def _by_launch(segments, y, base, bias, mask):
+    """What each launch of segment_gemm takes."""
+    for first in range(0, len(segments), MAX_SEGMENTS):
+        lefts, rights = zip(*segments[first : first + MAX_SEGMENTS], strict=True)
+        yield lefts, rights, base, bias, mask
+        base, bias, mask = y, None, None
+
+
+def _start_segments(lefts, rights, gathered, many, bias, base, mask, y, block_m):
     bits, keep_scale, masked = mask or (None, 1.0, 0)
     bias = None if bias is None else bias.contiguous()
     block_m = block_m or tile(*y.shape, y.dtype, y.device)
     _ops.segment_gemm_cuda(
-        lefts, rights, gathered, many, bias, bits, masked, keep_scale, y, add, block_m
+        lefts, rights, gathered, many, bias, base, bits, masked, keep_scale, y, block_m
     )
 
 
 def _by_tma(t: Tensor) -> bool:
     """Whether TMA can address the rows of a matrix: contiguous, aligned, not overlapping."""
     (rows, cols), (row, col) = t.shape, t.stride()
-    aligned = rows <= 1 or (row * t.itemsize % 16 == 0 and row >= cols)
-    return aligned and (cols <= 1 or col == 1) and t.data_ptr() % 16 == 0
+    aligned = rows <= 1 or (row * t.itemsize % 16 == 0 and cols <= row < 2**39)
+    fits = aligned and max(rows, cols) <= MAX_SIZE
+    return fits and (cols <= 1 or col == 1) and t.data_ptr() % 16 == 0
 
 
 def hopper_refuses(segments) -> str | None:
@@ -201,8 +234,8 @@ def hopper_refuses(segments) -> str | None:
         return f"the Hopper kernel multiplies float16 and bfloat16, got {x.dtype}"
     if x.device.type == "cuda" and (got := torch.cuda.get_device_capability(x.device)) != (9, 0):
         return f"the Hopper kernel needs compute capability 9.0, {x.device} has {got[0]}.{got[1]}"
-    if len(segments) > MAX_SEGMENTS:
-        return f"the Hopper kernel adds up at most {MAX_SEGMENTS} segments, got {len(segments)}"
+    if (size := max(x.shape[0], segments[0][1].shape[0])) > MAX_SIZE:
+        return f"the Hopper kernel counts rows and columns up to {MAX_SIZE}, got {size}"
     for i, (left, right) in enumerate(segments):
         for name, t, fits in (
             ("left", left, _by_tma(left)),
@@ -234,24 +267,26 @@ def hopper_tile(M: int, N: int, device: torch.device) -> tuple[int, int]:
     return min(HOPPER_TILES, key=cost)
 
 
-def hopper_segment_gemm(segments, *, bias=None, mask=None, tile=None, waits_from=None):
+def hopper_segment_gemm(segments, *, base=None, bias=None, mask=None, tile=None, early=0):
     """segment_gemm by the kernel for compute capability 9.0 (csrc/segment_gemm_sm90.cuh), which has
     yet to run on a GPU and is never chosen by itself; ValueError with hopper_refuses' sentence.
 
-    tile is one of HOPPER_TILES. With waits_from = i the kernel begins before the one ahead of it in
-    the stream has ended: nothing but the segments from i on may read what that one writes.
+    tile is one of HOPPER_TILES. Where early is not 0 the kernel begins before the one ahead of it
+    in the stream has ended, waits for that one behind the first `early` segments, and writes y
+    after that.
     """
     if (reason := hopper_refuses(segments)) is not None:
         raise ValueError(reason)
-    lefts, rights = (list(side) for side in zip(*segments, strict=True))
-    y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
-    bits, keep_scale, masked = mask or (None, 1.0, 0)
-    bias = None if bias is None else bias.contiguous()
+    y = _new_sum(segments)
     block_m, block_n = tile or hopper_tile(*y.shape, y.device)
-    waits_from = len(segments) if waits_from is None else waits_from
-    _ops.segment_gemm_sm90_cuda(
-        lefts, rights, bias, bits, masked, keep_scale, y, block_m, block_n, waits_from
-    )
+    bias = None if bias is None else bias.contiguous()
+    for lefts, rights, base, bias, mask in _by_launch(segments, y, base, bias, mask):
+        bits, keep_scale, masked = mask or (None, 1.0, 0)
+        _ops.segment_gemm_sm90_cuda(
+            lefts, rights, bias, base, bits, masked, keep_scale, y, block_m, block_n,
+            early or len(lefts),
+        )  # fmt: skip
+        early = 0
     return y
 
 
@@ -266,16 +301,16 @@ def multi_segment_gemm(
     y = x.new_empty(x.shape[0], weight.shape[0])
     many = _many(slots, routing)
     if mask is None:
-        _start_segments([x, t], [weight, v_slots], 1, many, bias, None, y, False, block_m)
+        _start_segments([x, t], [weight, v_slots], 1, many, bias, None, None, y, block_m)
     else:
         mask = (*mask, 1)
-        _start_segments([t, x], [v_slots, weight], 0, many, bias, mask, y, False, block_m)
+        _start_segments([t, x], [v_slots, weight], 0, many, bias, None, mask, y, block_m)
     return y
 
 
 def multi_segment_add_(y, t, v_slots, slots, routing, *, block_m=None):
     """y [M, N] += t_i V_j in place, summed in fp32 and rounded once; y of any strides."""
-    _start_segments([t], [v_slots], 0, _many(slots, routing), None, None, y, True, block_m)
+    _start_segments([t], [v_slots], 0, _many(slots, routing), None, y, None, y, block_m)
 
 
 def _start_row_reduce(z, v, w, many, dropout, bits, rows, tiles):

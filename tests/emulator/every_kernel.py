@@ -40,13 +40,15 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with torch.no_grad():
             fl.multi_lora_linear(x, w, bank, ids, bias, backend="cuda")
             fl.multi_lora_add_(y.detach(), x, bank, ids, backend="cuda")
-    soft_threshold_([torch.randn(n).to(dtype) for n in (1, 65537, 3)], 0.1, backend="cuda")
+    for official_compat in (False, True):
+        gates = [torch.randn(n).to(dtype) for n in (1, 65537, 3)]
+        soft_threshold_(gates, 0.1, official_compat=official_compat, backend="cuda")
 for tile in cuda_kernels.HOPPER_TILES:
     for M, N, K, R in ((1, 1, 8, 8), (200, 77, 200, 16), (65, 264, 72, 8)):
         x, dy, t = (tight(M, k, dtype=torch.bfloat16) for k in (K, K, R))
         w, b, bias = (tight(*s, dtype=torch.bfloat16) for s in ((N, K), (N, R), (N,)))
         w_turned, a = (tight(k, -(-N // 8) * 8, dtype=torch.bfloat16)[:, :N].t() for k in (K, R))
         bits = torch.randint(256, (M, -(-N // 8)), dtype=torch.uint8)
-        cuda_kernels.hopper_segment_gemm([(x, w), (t, b)], bias=bias, tile=tile, waits_from=1)
+        cuda_kernels.hopper_segment_gemm([(x, w), (t, b)], bias=bias, tile=tile, early=1)
         cuda_kernels.hopper_segment_gemm([(t, a), (dy, w_turned)], mask=(bits, 2.0, 1), tile=tile)
 print("all kernels ran")

@@ -261,7 +261,7 @@ inline cudaError_t is_hopper(bool* is) {
 template <typename Params>
 cudaError_t launch_clusters(void (*kernel)(Params), int blocks, int threads, int cluster,
                             int shared_bytes, bool overlaps, const Params& params, cudaStream_t) {
-  if (shared_bytes > kMaxShared) throw std::runtime_error("emulator: more than sm_90 has");
+  if (shared_bytes > kHopperShared) throw std::runtime_error("emulator: more than sm_90 has");
   auto& machine = emulator::machine;
   machine.extend = [=]() -> std::unique_ptr<emulator::Extension> {
     auto made = std::make_unique<emulator::Hopper>();
