@@ -9,7 +9,7 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-compiled bench-grid steps dram demo report)
+    bench-compiled bench-grid hopper-cuda hopper-cuda-sanitize steps dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
     tests/test_lora_linear.py tests/test_multi_lora_linear.py tests/test_soft_threshold.py
     tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
@@ -126,6 +126,22 @@ for stage in "${chosen[@]}"; do
             ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
+        hopper-cuda)
+            # The CUDA form of segment_gemm for compute capability 9.0: alone, then under the ops.
+            shared 2 bench hopper-cuda fused_lora.bench.hopper_cuda
+            export FUSED_LORA_CUDA_GEMM=sm90
+            shared 2 tests hopper-cuda tests/test_segment_gemm_sm90.py tests/test_segment_gemm.py \
+                tests/test_lora_linear.py
+            unset FUSED_LORA_CUDA_GEMM
+            ;;
+        hopper-cuda-sanitize)
+            for tool in memcheck racecheck initcheck synccheck; do
+                shared 4 step hopper-cuda-sanitize env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                    compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+                    "$python" -m fused_lora.bench.hopper_cuda --small --out "$out/small"
+            done
+            rm -rf "$out/small"
+            ;;
         steps) bench steps fused_lora.bench.step --seconds 240 ;;
         dram) bench dram fused_lora.bench.dram ;;
         demo) step demo "$python" examples/demo.py --out "$out" ;;

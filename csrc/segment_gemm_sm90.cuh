@@ -1,5 +1,5 @@
-// y = base + bias + sum_i L_i R_i^T as segment_gemm.cuh has it, for compute capability 9.0: TMA brings the
-// tiles, wgmma multiplies them where they lie, and two blocks share what both need.
+// y = base + bias + sum_i L_i R_i^T as segment_gemm.cuh has it, for compute capability 9.0: TMA
+// brings the tiles, wgmma multiplies them where they lie, and two blocks share what both need.
 //
 // A block is a producer warpgroup, of which one thread starts the copies, and two consumer
 // warpgroups, each with half of the tile's rows. Blocks stay and go from tile to tile. A step is 64
@@ -290,15 +290,34 @@ __device__ void apply_mask(float (&acc)[C::BLOCK_N / 2], const Sum<typename C::T
   }
 }
 
-// The sums at (m, n) and (m, n + 1) with bias and base, rounded.
+// acc + base of 64 rows from row m0 on.
+template <typename C>
+__device__ void add_base(float (&acc)[C::BLOCK_N / 2], const Sum<typename C::T>& p, int m0,
+                         int n0) {
+  const int thread = thread_id() % 128, q = thread % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t m = m0 + thread / 32 * 16 + i * 8 + thread % 32 / 4;
+    if (m >= p.M) continue;
+#pragma unroll
+    for (int j = 0; j < C::BLOCK_N / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t n = n0 + 8 * j + 2 * q + e;
+        if (n < p.N) acc[4 * j + 2 * i + e] += to_float(*p.base.at(m, n));
+      }
+    }
+  }
+}
+
+// The sums at columns n and n + 1 with bias, rounded.
 template <typename T>
-__device__ uint32_t rounded(const float* sums, const Sum<T>& p, int64_t m, int64_t n) {
+__device__ uint32_t rounded(const float* sums, const Sum<T>& p, int64_t n) {
   alignas(4) T pair[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     float value = sums[e];
     if (p.bias != nullptr && n + e < p.N) value += to_float(p.bias[n + e]);
-    if (p.base.data != nullptr && m < p.M && n + e < p.N) value += to_float(*p.base.at(m, n + e));
     pair[e] = from_float<T>(value);
   }
   return *reinterpret_cast<const uint32_t*>(pair);
@@ -324,9 +343,8 @@ __device__ void store_rows(const float (&acc)[C::BLOCK_N / 2], const Params<type
       uint32_t packed[4];
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const int64_t m = m0 + thread / 32 * 16 + part % 2 * 8 + lane / 4;
         const int64_t col = n + (j + part / 2) * 8 + lane % 4 * 2;
-        packed[part] = rounded<T>(acc + (box * 8 + j) * 4 + part * 2, p, m, col);
+        packed[part] = rounded<T>(acc + (box * 8 + j) * 4 + part * 2, p, col);
       }
       const int chunk = j + lane / 16;
       store_matrices(output + row * kRowBytes + (chunk ^ row % 8) * 16, packed);
@@ -376,6 +394,7 @@ __device__ void consume(const Params<typename C::T>& p, const Shared<C>& shared)
     }
 #pragma unroll
     for (int half = 0; half < C::kHalves; ++half) {
+      if (p.base.data != nullptr) add_base<C>(acc[half], p, m0 + half * 64, n0);
       store_rows<C>(acc[half], p, shared, consumer, turn, m0 + half * 64, n0);
     }
   }

@@ -18,6 +18,9 @@ BUILD = ROOT / "build" / "emulated"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
+COMPILE = "g++", "-x", "c++", "-std=c++17", "-O1", "-w", "-DFUSED_LORA_EMULATE", f"-I{EMULATOR}"
+
+
 def cuda_root() -> Path | None:
     """The toolkit around nvcc, as nvcc tells it: on PATH there may be a wrapper."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -39,6 +42,12 @@ def why_not() -> str | None:
     return None
 
 
+def run(*arguments) -> None:
+    found = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
+    if found.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, arguments))}\n{found.stderr[-4000:]}")
+
+
 def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = "") -> Path:
     """The library, made once for each content of the sources; of the file csrc/<stem>.cu and what
     it includes from the folder `other`, where that is given."""
@@ -48,9 +57,9 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
     target = re.search(r"^OLDEST_TORCH = \((\d+), (\d+)\)$", (ROOT / "setup.py").read_text(), re.M)
     version = "0x{:02x}{:02x}000000000000".format(*map(int, target.groups()))
     command = [
-        *("g++", "-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-w", *flags),
-        *("-DFUSED_LORA_EMULATE", f"-DTORCH_TARGET_VERSION={version}", "-DTORCH_STABLE_ONLY"),
-        *("-I", str(EMULATOR), "-isystem", f"{torch}/include", "-isystem", f"{cuda}/include"),
+        *(*COMPILE, "-g", "-fPIC", *flags, "-isystem", f"{torch}/include"),
+        *(f"-DTORCH_TARGET_VERSION={version}", "-DTORCH_STABLE_ONLY"),
+        *("-isystem", f"{cuda}/include"),
     ]
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = {}
@@ -66,11 +75,6 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
     order = sorted(objects.values(), key=lambda made: not made.name.startswith(f"{stem}-"))
     names = " ".join(made.name for made in order)
     library = BUILD / f"emulated-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
-
-    def run(*arguments):
-        found = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
-        if found.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, arguments))}\n{found.stderr[-4000:]}")
 
     with FileLock(BUILD / "lock"):
         missing = [(source, made) for source, made in objects.items() if not made.exists()]
@@ -88,3 +92,14 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
                 "-lpthread",
             )
     return library
+
+
+def run_program(name: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess:
+    """emulator/<name>.cpp, which has a main() and needs no torch, over the kernels of `csrc`."""
+    cuda, program = cuda_root(), folder / name
+    run(
+        *(*COMPILE, "-isystem", f"{cuda}/include", "-I", csrc, EMULATOR / f"{name}.cpp"),
+        *("-o", program, f"-L{cuda}/lib64", f"-L{cuda}/lib", "-lcudart_static"),
+        *("-ldl", "-lrt", "-lpthread"),
+    )
+    return subprocess.run([program], capture_output=True, text=True, timeout=120)

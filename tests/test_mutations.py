@@ -377,8 +377,8 @@ FAULTS = {
     # How the op puts the kernels together.
     "triton: dx without its LoRA part": Fault(
         OP,
-        "dx = kernels.segment_gemm([base, lora])",
-        "dx = kernels.segment_gemm([base])",
+        "dx = kernels.segment_gemm([base, lora], early=1)",
+        "dx = kernels.segment_gemm([base], early=1)",
         MASTERS.format("triton"),
     ),
     "triton: the base part of dx masked as well": Fault(
@@ -929,6 +929,169 @@ CUDA_FAULTS = {
     ),
 }
 
+# In the Hopper kernel. What races on a GPU is a wrong number, or an error, of the emulated machine,
+# and takes no torch to be found.
+HOPPER = "segment_gemm_sm90.cuh"
+SUMS = "hopper_sums"
+HOPPER_FAULTS = {
+    "a stage is filled before it is released": Fault(
+        HOPPER,
+        "wait_barrier(shared.empty(ring.stage), ring.parity ^ 1);",
+        "",
+        SUMS,
+    ),
+    "the producer waits for the wrong phase": Fault(
+        HOPPER,
+        "shared.empty(ring.stage), ring.parity ^ 1)",
+        "shared.empty(ring.stage), ring.parity)",
+        SUMS,
+    ),
+    "a stage is multiplied before it is full": Fault(
+        HOPPER,
+        "wait_barrier(shared.full(ring.stage), ring.parity);\n    products_begin();",
+        "products_begin();",
+        SUMS,
+    ),
+    "a stage is released while it is multiplied": Fault(
+        HOPPER,
+        "products_wait<1>();",
+        "products_wait<2>();",
+        SUMS,
+    ),
+    "a stage is released for this block alone": Fault(
+        HOPPER,
+        "arrive_at(shared.empty(stage), lane);",
+        "arrive_at(shared.empty(stage), cluster_rank());",
+        SUMS,
+    ),
+    "half of a stage's bytes are announced": Fault(
+        HOPPER,
+        "arrive_expecting(shared.full(ring.stage), C::kStageBytes);",
+        "arrive_expecting(shared.full(ring.stage), C::kStageBytes / 2);",
+        SUMS,
+    ),
+    "barriers of one block's warps": Fault(
+        HOPPER,
+        "kCluster * kConsumers * 4",
+        "kConsumers * 4",
+        SUMS,
+    ),
+    "barriers are not published": Fault(
+        HOPPER,
+        "publish_barriers();",
+        "",
+        SUMS,
+    ),
+    "a block ends before the other is done with it": Fault(
+        HOPPER,
+        "sync_cluster();  // until then",
+        "// until then",
+        SUMS,
+    ),
+    "sums are read while products are under way": Fault(
+        HOPPER,
+        "products_wait<0>();",
+        "",
+        SUMS,
+    ),
+    "products begin with registers that are not ready": Fault(
+        HOPPER,
+        "ring.parity);\n    products_begin();",
+        "ring.parity);",
+        SUMS,
+    ),
+    "rows eight further on": Fault(
+        HOPPER,
+        "kEight = 8 * kRowBytes;",
+        "kEight = 16 * kRowBytes;",
+        SUMS,
+    ),
+    "columns 64 further on": Fault(
+        HOPPER,
+        "TRANSPOSED ? kBlockK * kRowBytes : 16",
+        "TRANSPOSED ? 8 * kRowBytes : 16",
+        SUMS,
+    ),
+    "the last product of an adapter is dropped": Fault(
+        HOPPER,
+        "product * kProductK < K % kBlockK",
+        "(product + 1) * kProductK < K % kBlockK",
+        SUMS,
+    ),
+    "both blocks bring the same half": Fault(
+        HOPPER,
+        "right_map, n0 + row, k, full",
+        "right_map, n0, k, full",
+        SUMS,
+    ),
+    "TMA stores what is not published": Fault(
+        HOPPER,
+        "publish_to_async_proxy();",
+        "",
+        SUMS,
+    ),
+    "an output is overwritten before it is stored": Fault(
+        HOPPER,
+        "if (thread == 0) store_wait_read<C::kOutputs - 1>();",
+        "",
+        SUMS,
+    ),
+    "a block ends before its last output is stored": Fault(
+        HOPPER,
+        "if (thread_id() % 128 == 0) store_wait_read<0>();",
+        "",
+        SUMS,
+    ),
+    "an output is stored before all warps have written it": Fault(
+        HOPPER,
+        "publish_to_async_proxy();\n      sync_warpgroup(1 + consumer);",
+        "publish_to_async_proxy();",
+        SUMS,
+    ),
+    "the output's swizzle left out": Fault(
+        HOPPER,
+        "(chunk ^ row % 8) * 16",
+        "chunk * 16",
+        SUMS,
+    ),
+    "the adapter is not waited for": Fault(
+        HOPPER,
+        "if (i == p.waits_from) wait_for_grid_ahead();",
+        "",
+        SUMS,
+    ),
+    "the mask after all segments": Fault(
+        HOPPER,
+        "i + 1 == p.masked",
+        "i + 1 == p.count",
+        SUMS,
+    ),
+    "the left operand's halves swapped": Fault(
+        HOPPER,
+        "load_box_to_both(left + row * kRowBytes, left_map, m0 + row, k, full);",
+        "load_box_to_both(left + row * kRowBytes, left_map, m0 + C::kLeftBox - row, k, full);",
+        SUMS,
+    ),
+    "base of the column beside it": Fault(
+        HOPPER,
+        "*p.base.at(m, n)",
+        "*p.base.at(m, n ^ 1)",
+        SUMS,
+    ),
+    "the last group of rows as high as the others": Fault(
+        HOPPER,
+        "left < kGroupRows ? left : kGroupRows;",
+        "kGroupRows;",
+        SUMS,
+    ),
+    "every block from the first tile on": Fault(
+        HOPPER,
+        "index += step;",
+        "index += 1;",
+        SUMS,
+    ),
+}
+
 
 def some(faults, n):
     """The names of all, of which the quick run takes one in n."""
@@ -942,6 +1105,8 @@ def test_every_fault_can_be_planted(tmp_path):
         plant(fault, tmp_path / "fused_lora" / fault.file, write=False)
     for fault in CUDA_FAULTS.values():
         plant(fault, tmp_path / "csrc" / fault.file.partition(": ")[0], write=False)
+    for fault in HOPPER_FAULTS.values():
+        plant(fault, tmp_path / "csrc" / fault.file, write=False)
 
 
 def test_every_test_passes_without_a_fault(tmp_path):
@@ -971,3 +1136,13 @@ def test_fault_in_csrc_is_caught(name, tmp_path):
     outcomes, printed = run_tests(source, [fault.test], FUSED_LORA_EMULATED=str(library))
     assert outcomes != [PASSED], f"the fault {name!r} survived {fault.test}"
     assert outcomes == [CAUGHT], f"{name!r} broke {fault.test}: {outcomes}\n{printed}"
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+@pytest.mark.parametrize("name", some(HOPPER_FAULTS, 13))
+def test_fault_in_the_hopper_kernel_is_caught(name, tmp_path):
+    fault, csrc = HOPPER_FAULTS[name], tmp_path / "csrc"
+    shutil.copytree(emulated.CSRC, csrc)
+    plant(fault, csrc / fault.file)
+    run = emulated.run_program(fault.test, csrc, tmp_path)
+    assert run.returncode == 1, f"the fault {name!r} survived: {run}"

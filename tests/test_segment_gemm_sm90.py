@@ -3,15 +3,19 @@ machine that has TMA, wgmma, mbarriers and clusters (emulator/hopper.h)."""
 
 import ctypes
 import os
+from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
-from cases import CUDA_REFUSES, fuzz
+from cases import CUDA_REFUSES, fuzz, slow
 from conftest import DEVICE
+from fused_lora.bench import hopper_cuda
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda_kernels import Watch, emulated_only
 
+import fused_lora as fl
 from fused_lora import reference
 from fused_lora.testing import assert_accurate, guarded
 
@@ -47,13 +51,23 @@ def put(rows, cols, dtype=torch.bfloat16, std=1.0, turned=False):
     return wide[:, :cols]
 
 
-def check(kernels, M, N, widths, tile, turned=(), dtype=torch.bfloat16, bias=False, **options):
+def run(kernels, segments, **options):
+    """hopper_segment_gemm; what the emulated machine finds wrong is the kernel's failure."""
+    try:
+        return kernels.hopper_segment_gemm(segments, **options)
+    except RuntimeError as error:
+        if "emulator: " in str(error):
+            pytest.fail(str(error))
+        raise
+
+
+def check(kernels, M, N, widths, tile, turned=(), dtype=torch.bfloat16, bias=False):
     segments = [
         (put(M, K, dtype), put(N, K, dtype, K**-0.5, turned=i in turned))
         for i, K in enumerate(widths)
     ]
     bias = guarded((N,), dtype=dtype, device=DEVICE) if bias else None
-    y = kernels.hopper_segment_gemm(segments, bias=bias, tile=tile, **options)
+    y = run(kernels, segments, bias=bias, tile=tile)
 
     def plain(bias, *operands):
         pairs = zip(operands[::2], operands[1::2], strict=True)
@@ -64,7 +78,7 @@ def check(kernels, M, N, widths, tile, turned=(), dtype=torch.bfloat16, bias=Fal
 
 
 @tiles
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float16), torch.bfloat16])
 @pytest.mark.parametrize("turned", [(), (0, 1)], ids=["forward", "dx"])
 def test_linear_and_adapter(kernels, tile, dtype, turned):
     """One tile of the cluster is cut at both edges, and each block has several."""
@@ -123,7 +137,7 @@ def test_masked_dx(kernels, tile, M, N):
         return (torch.where(keep, dh @ a.t(), 0) * scale + dy @ weight.t(),)
 
     segments = [(dh, a), (dy, weight)]
-    dx = kernels.hopper_segment_gemm(segments, mask=(bits, scale, 1), tile=tile)
+    dx = run(kernels, segments, mask=(bits, scale, 1), tile=tile)
     assert_accurate(("dx",), (dx,), plain, (dh, a, dy, weight))
 
 
@@ -135,11 +149,51 @@ def test_nothing_to_add_up(kernels, M, N, K):
     assert torch.equal(y, bias.expand(M, N))
 
 
-def test_the_same_as_the_other_kernel_of_the_same_name(kernels):
+def test_a_base_of_any_strides_and_nine_segments(kernels):
+    """Two launches, the second onto the first one's result; the mask is the first one's."""
+    for M, N, turned in ((70, 136, False), (65, 77, True)):
+        base = put(M, N, turned=turned)
+        before, bits = base.clone(), torch.randint(256, (M, -(-N // 8)), dtype=torch.uint8)
+        bits = bits.to(DEVICE)
+        keep = ((bits[:, :, None] >> torch.arange(8, device=DEVICE)) & 1).bool()
+        keep = keep.reshape(M, -1)[:, :N]
+        segments = [(put(M, k), put(N, k, std=k**-0.5)) for k in (72, 8, 8, 8, 8, 8, 8, 8, 24)]
+
+        def plain(base, *operands, keep=keep):
+            pairs = zip(operands[::2], operands[1::2], strict=True)
+            y = torch.zeros_like(base)
+            for i, (left, right) in enumerate(pairs):
+                y = y + left @ right.t()
+                if i == 1:
+                    y = torch.where(keep, 2.0 * y, 0)
+            return (y + base,)
+
+        y = run(kernels, segments, base=base, mask=(bits, 2.0, 2))
+        assert_accurate("y", (y,), plain, (base, *(t for pair in segments for t in pair)))
+        assert torch.equal(base, before)
+
+
+def test_is_taken_where_it_is_asked_for_alone(kernels, monkeypatch):
     x, weight, t, b = put(70, 136), put(72, 136), put(70, 16), put(72, 16)
-    y = kernels.segment_gemm([(x, weight), (t, b)], block_m="hopper")
-    assert torch.equal(y, kernels.hopper_segment_gemm([(x, weight), (t, b)]))
-    assert (y.float() - kernels.segment_gemm([(x, weight), (t, b)]).float()).abs().max() < 0.1
+    segments, taken = [(x, weight), (t, b)], []
+    own = kernels.hopper_segment_gemm
+    monkeypatch.setattr(
+        kernels, "hopper_segment_gemm", lambda *a, **k: taken.append(k) or own(*a, **k)
+    )
+    portable = kernels.segment_gemm(segments)
+    assert kernels.FORM is None and not taken
+    asked = kernels.segment_gemm(segments, block_m="sm90", early=1)
+    assert taken.pop()["early"] == 1
+    assert torch.equal(asked, own(segments)) and (asked - portable).abs().max() < 0.1
+    monkeypatch.setattr(kernels, "FORM", kernels.checked_form("sm90"))
+    assert torch.equal(kernels.segment_gemm(segments), asked) and taken.pop()
+    a, weight = put(16, 136), put(72, 136).requires_grad_()
+    y = fl.lora_linear(x.requires_grad_(), weight, a, b, scale=0.5, backend="cuda")
+    y.backward(put(70, 72))
+    assert [options["early"] for options in taken] == [1, 1]
+    assert kernels.checked_form("") is None
+    with pytest.raises(ValueError, match="FUSED_LORA_CUDA_GEMM must be 'sm90' or not set, got 's'"):
+        kernels.checked_form("s")
 
 
 def test_bits_do_not_depend_on_the_order_of_events(kernels):
@@ -167,7 +221,6 @@ REFUSED = {
     "strides (1, 8)": lambda: [(ones(8, 8).t(), ones(8, 8))],
     "its data begins 2 bytes off": lambda: [(ones(65)[1:].view(8, 8), ones(8, 8))],
     "strides (0, 1)": lambda: [(ones(8).expand(4, 8), ones(8, 8))],
-    "at most 8 segments, got 9": lambda: [(ones(8, 8), ones(8, 8))] * 9,
 }
 
 
@@ -177,14 +230,46 @@ def test_says_what_it_refuses(kernels, sentence):
     reason = kernels.hopper_refuses(segments)
     assert sentence in reason
     with pytest.raises(ValueError) as raised:
-        kernels.segment_gemm(segments, block_m="hopper")
+        kernels.hopper_segment_gemm(segments)
     assert str(raised.value) == reason
-    if len(segments) <= kernels.MAX_SEGMENTS:  # the other kernel takes it, where it is asked
-        assert kernels.segment_gemm(segments).any()
+    with pytest.warns(UserWarning, match="the form 'sm90' is not taken: ") as warned:
+        y = kernels.segment_gemm(segments, block_m="sm90")
+    assert str(warned[0].message).endswith(reason)
+    assert torch.equal(y, kernels.segment_gemm(segments)) and y.any()
+
+
+class Sized(NamedTuple):
+    """What hopper_refuses looks at of a matrix that no memory holds."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    dtype: torch.dtype = torch.float16
+    device: torch.device = torch.device("cpu")
+    itemsize: int = 2
+
+    def stride(self):
+        return self.strides
+
+    def data_ptr(self):
+        return 0
+
+    def t(self):
+        return Sized(self.shape[::-1], self.strides[::-1])
+
+
+def test_coordinates_have_32_bits(kernels):
+    """A tile that begins past the end of a matrix has coordinates too."""
+    largest, narrow = kernels.MAX_SIZE, Sized((8, 8), (8, 1))
+    long = Sized((largest, 8), (8, 1))
+    assert kernels.hopper_refuses([(long, narrow)]) is None
+    longer, wide = Sized((largest + 1, 8), (8, 1)), Sized((8, largest + 1), (largest + 1025, 1))
+    assert f"up to {largest}, got {largest + 1}" in kernels.hopper_refuses([(longer, narrow)])
+    assert "the left operand of segment 0" in kernels.hopper_refuses([(wide, wide)])
 
 
 BAD = {
     "there must be as many": lambda t: ([t], [], 128, 256),
+    "an operand must be a matrix": lambda t: ([t], [t[None]], 128, 256),
     "there are no tiles of 64x64": lambda t: ([t], [t], 64, 64),
     "the dtype must be float16 or bfloat16": lambda t: ([t.float()], [t.float()], 128, 256),
     "the rows of a left operand must be": lambda t: ([t.t()], [t], 128, 256),
@@ -198,7 +283,7 @@ def test_the_binding_refuses(kernels, message):
     y = torch.zeros(8, 8, dtype=lefts[0].dtype, device=DEVICE)
     with pytest.raises(RuntimeError, match=f"segment_gemm_sm90: {message}"):
         torch.ops.fused_lora.segment_gemm_sm90_cuda(
-            lefts, rights, None, None, 0, 1.0, y, block_m, block_n, 1
+            lefts, rights, None, None, None, 0, 1.0, y, block_m, block_n, 1
         )
 
 
@@ -212,6 +297,12 @@ def test_two_blocks_share_what_both_need(kernels):
                 with Watch(operand if operand.stride(1) == 1 else operand.t()) as watch:
                     kernels.hopper_segment_gemm([(x, weight)], tile=tile)
                 assert watch.times == 1 and watch.bank_conflicts == 0
+
+
+@emulated_only
+def test_sums_are_exact_on_grids_of_any_size(tmp_path):
+    found = emulated.run_program("hopper_sums", emulated.CSRC, tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 class Late:
@@ -235,9 +326,9 @@ def test_the_adapter_is_waited_for(kernels, tile):
     segments = [(x, weight), (t, b)]
     want = kernels.hopper_segment_gemm(segments, tile=tile)
     with Late(t):
-        assert torch.equal(kernels.hopper_segment_gemm(segments, tile=tile, waits_from=1), want)
+        assert torch.equal(run(kernels, segments, tile=tile, early=1), want)
         with pytest.raises(RuntimeError, match="read before it has ended"):
-            kernels.hopper_segment_gemm(segments[::-1], tile=tile, waits_from=1)
+            kernels.hopper_segment_gemm(segments[::-1], tile=tile, early=1)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="grids overlap on a GPU alone")
@@ -246,5 +337,32 @@ def test_overlaps_the_shrink_ahead_of_it(kernels):
     want = kernels.hopper_segment_gemm([(x, weight), (kernels.shrink(x, a)[0], b)])
     for _ in range(200):
         t, _ = kernels.shrink(x, a)
-        y = kernels.hopper_segment_gemm([(x, weight), (t, b)], waits_from=1)
+        y = kernels.hopper_segment_gemm([(x, weight), (t, b)], early=1)
         assert torch.equal(y, want)
+
+
+def test_the_benchmark_finds_what_is_wrong(kernels, monkeypatch):
+    cases = hopper_cuda.SMALL[:1] + hopper_cuda.SMALL[4:5] + hopper_cuda.SMALL[6:7]
+    assert {case.form for case in cases} == set(hopper_cuda.FORMS)
+    device = torch.device(DEVICE)
+    found = hopper_cuda.numerics(cases, device, 1)
+    assert len(found) == 9 and not any(row["why"] for row in found), found
+    own = kernels.hopper_segment_gemm
+    monkeypatch.setattr(kernels, "hopper_segment_gemm", lambda *a, **k: own(*a, **k) * 1.25)
+    assert all("AssertionError" in row["why"] for row in hopper_cuda.numerics(cases, device, 0))
+
+
+def test_the_benchmark_times_every_contender(monkeypatch):
+    monkeypatch.setattr(hopper_cuda, "ROUNDS", 2)
+    seconds = iter(range(1, 1000))
+    found = hopper_cuda.times(
+        hopper_cuda.SMALL[:1], torch.device(DEVICE), lambda work: work() is None or next(seconds)
+    )
+    assert len(found[0]["us"]) == 11 and "forward M=1 64x64 r=8" in hopper_cuda.table(found)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where there is no GPU")
+def test_the_benchmark_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        hopper_cuda.main([])
+    assert "torch sees no CUDA device" in capsys.readouterr().err

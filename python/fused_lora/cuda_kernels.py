@@ -70,11 +70,16 @@ MAX_SEGMENTS = 8
 MAX_SIZE = 2**31 - 1024  # of an operand of that form
 DECODE_ROWS = 64
 
+
+def checked_form(form: str | None) -> str | None:
+    if form not in (None, "", "sm90"):
+        raise ValueError(f"FUSED_LORA_CUDA_GEMM must be 'sm90' or not set, got {form!r}")
+    return form or None
+
+
 # The form of segment_gemm: None is the one for compute capability 8.0 and later. "sm90" has yet to
 # run on a GPU, and is taken where it is asked for.
-FORM = os.environ.get("FUSED_LORA_CUDA_GEMM") or None
-if FORM not in (None, "sm90"):
-    raise ValueError(f"FUSED_LORA_CUDA_GEMM must be 'sm90' or not set, got {FORM!r}")
+FORM = checked_form(os.environ.get("FUSED_LORA_CUDA_GEMM"))
 
 # Predictions, to be replaced by what a GPU measures.
 BLOCKS_PER_SM = 2
@@ -192,8 +197,8 @@ def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None, ear
         warnings.warn(f"segment_gemm: the form 'sm90' is not taken: {reason}", stacklevel=2)
         block_m = None
     y = _new_sum(segments)
-    for lefts, rights, base, bias, mask in _by_launch(segments, y, base, bias, mask):
-        _start_segments(lefts, rights, -1, [], bias, base, mask, y, block_m)
+    for lefts, rights, *others in _by_launch(segments, bias, base, mask, y):
+        _start_segments(lefts, rights, -1, [], *others, y, block_m)
     return y
 
 
@@ -202,12 +207,12 @@ def _new_sum(segments) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[0])
 
 
-def _by_launch(segments, y, base, bias, mask):
-    """What each launch of segment_gemm takes."""
+def _by_launch(segments, bias, base, mask, y):
+    """lefts, rights, bias, base and mask of each launch of segment_gemm."""
     for first in range(0, len(segments), MAX_SEGMENTS):
         lefts, rights = zip(*segments[first : first + MAX_SEGMENTS], strict=True)
-        yield lefts, rights, base, bias, mask
-        base, bias, mask = y, None, None
+        yield lefts, rights, bias, base, mask
+        bias, base, mask = None, y, None
 
 
 def _start_segments(lefts, rights, gathered, many, bias, base, mask, y, block_m):
@@ -280,10 +285,10 @@ def hopper_segment_gemm(segments, *, base=None, bias=None, mask=None, tile=None,
     y = _new_sum(segments)
     block_m, block_n = tile or hopper_tile(*y.shape, y.device)
     bias = None if bias is None else bias.contiguous()
-    for lefts, rights, base, bias, mask in _by_launch(segments, y, base, bias, mask):
-        bits, keep_scale, masked = mask or (None, 1.0, 0)
+    for lefts, rights, added, onto, dropped in _by_launch(segments, bias, base, mask, y):
+        bits, keep_scale, masked = dropped or (None, 1.0, 0)
         _ops.segment_gemm_sm90_cuda(
-            lefts, rights, bias, base, bits, masked, keep_scale, y, block_m, block_n,
+            lefts, rights, added, onto, bits, masked, keep_scale, y, block_m, block_n,
             early or len(lefts),
         )  # fmt: skip
         early = 0

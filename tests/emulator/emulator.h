@@ -9,6 +9,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -85,12 +86,18 @@ struct Block {
   std::unique_ptr<Extension> extension;
 };
 
+// What has begun and happens by itself, of one kind or another.
+struct UnderWay {
+  int kind;
+  std::function<void()> happens;
+};
+
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<Block>> blocks;  // those that run together
   Meeting cluster;
-  // What has begun and may happen at any time.
-  std::vector<std::function<void()>> under_way;
+  std::vector<UnderWay> under_way;
+  int delayed = 0;  // the kind that happens when nothing else can
   Fiber* self = nullptr;
   int threads = 0;  // of a block
   dim3 grid;
@@ -175,13 +182,19 @@ inline void reads(const void* address, int bytes) {
   if (first >= machine.first && first < machine.last) machine.bytes_read += uint64_t(bytes);
 }
 
-// One thing that is under way, any of them, happens.
-inline void happen() {
+// One thing that is under way happens, any of them, or of the delayed ones where they may.
+inline bool happen(bool delayed_too) {
   auto& all = machine.under_way;
-  std::swap(all[machine.random() % all.size()], all.back());
-  const std::function<void()> it = std::move(all.back());
+  const auto prompt = std::partition(
+      all.begin(), all.end(), [](const UnderWay& it) { return it.kind != machine.delayed; });
+  size_t count = size_t(prompt - all.begin());
+  if (count == 0 && delayed_too) count = all.size();
+  if (count == 0) return false;
+  std::swap(all[machine.random() % count], all.back());
+  const std::function<void()> happens = std::move(all.back().happens);
   all.pop_back();
-  it();
+  happens();
+  return true;
 }
 
 inline void check_error() {
@@ -194,6 +207,7 @@ inline void run_together(const std::vector<uint3>& ids) {
   const int fibers = m.threads * int(ids.size());
   m.cluster = Meeting();
   m.under_way.clear();
+  m.delayed = int(m.random() % 4);  // of hopper.h's three kinds, or none
   m.blocks.clear();
   while (int(m.fibers.size()) < fibers) m.fibers.push_back(std::make_unique<Fiber>());
   for (const uint3& id : ids) {
@@ -238,8 +252,8 @@ inline void run_together(const std::vector<uint3>& ids) {
       check_error();
     }
     // As late as it can be, or now.
-    if (!m.under_way.empty() && (!moved || m.random() % 4 == 0)) {
-      happen();
+    if (moved && m.random() % 4 != 0) continue;
+    if (happen(!moved)) {
       check_error();
     } else if (!moved) {
       throw std::runtime_error("emulator: threads wait for some that never come");

@@ -1,10 +1,11 @@
 // The machine of csrc/common/hopper.cuh on a CPU, for the emulator.
 //
 // Copies of TMA, products of wgmma and arrivals in another block are under way from the instruction
-// that begins them until, at random, they happen: at the latest when nothing else can. Until then
-// the memory that a copy writes, and the registers that a product adds to, are NaN. A box arrives
-// in two parts. Products read shared memory through their descriptors when they happen, so that a
-// stage which is written too early shows.
+// that begins them until, at random, they happen: at the latest when nothing else can, and in three
+// of four clusters one of these kinds no sooner. Until then the memory that a copy writes, and the
+// registers that a product adds to, are NaN. A box arrives in two parts. Products read shared
+// memory through their descriptors when they happen, so that a stage which is written too early
+// shows.
 //
 // Errors besides those of emulator.h: stores of what was not published to the asynchronous proxy;
 // registers that go into a product without products_begin; barriers that get too many arrivals, or
@@ -76,6 +77,8 @@ struct Cluster {
   uint32_t base = 1024;   // where shared memory begins: with 128 aligned bytes
   uint64_t happened = 0;  // counts what was under way
   uint64_t limits = 0;    // counts changes of the registers
+  uint64_t stored = 0;    // counts elements that TMA has stored
+  int multiprocessors = 4;
   const char *late_first = nullptr, *late_last = nullptr;
 };
 
@@ -93,11 +96,13 @@ inline void Hopper::ends() {
   if (on_their_way > 0) report("a block ends while copies are on their way from it or to it");
 }
 
-inline void begin(std::function<void()> it) {
-  machine.under_way.push_back([it = std::move(it)] {
-    it();
-    ++cluster.happened;
-  });
+enum Kind { kCopy = 1, kProduct, kArrival };
+
+inline void begin(Kind kind, std::function<void()> it) {
+  machine.under_way.push_back({kind, [it = std::move(it)] {
+                                 it();
+                                 ++cluster.happened;
+                               }});
 }
 
 inline void wait_until_more_happens() {
@@ -189,7 +194,7 @@ inline void load(void* to, const TensorMap& map, int row, int col, Barrier* barr
     for (const auto& [first, last] : {std::pair(0, middle), std::pair(middle, map.box_rows)}) {
       if (first == last) continue;
       ++hopper(*into).on_their_way;
-      begin([=, map = map, first = first, last = last] {
+      begin(kCopy, [=, map = map, first = first, last = last] {
         deliver(*into, address, map, row, col, first, last, counter);
       });
     }
@@ -249,7 +254,7 @@ cudaError_t make_map(TensorMap* map, const Rows& from, int box_rows) {
 }
 
 inline cudaError_t multiprocessors(int* count) {
-  *count = 4;
+  *count = emulator::cluster.multiprocessors;
   return cudaSuccess;
 }
 
@@ -353,7 +358,7 @@ inline void arrive_at(Barrier* barrier, int rank) {
   const uint32_t address = shared_address(barrier);
   int* pending = &emulator::hopper(emulator::own()).arrivals[thread_id()];
   ++*pending;
-  emulator::begin([=] {
+  emulator::begin(emulator::kArrival, [=] {
     emulator::arrive(*block, address, true);
     --*pending;
   });
@@ -388,13 +393,14 @@ inline void store_box(const TensorMap& map, int row, int col, const void* from) 
   auto done = std::make_shared<bool>(false);
   machine.stores[thread_id()].back().push_back(done);
   ++machine.on_their_way;
-  emulator::begin([=, map = map] {
+  emulator::begin(emulator::kCopy, [=, map = map] {
     for (int r = 0; r < map.box_rows; ++r) {
       for (int c = 0; c < kBoxCols; ++c) {
         const int64_t m = int64_t(row) + r, n = int64_t(col) + c;
         if (m >= map.rows || n >= map.cols) continue;
         std::memcpy(map.data + m * map.stride_bytes + 2 * n,
                     emulator::at(*block, emulator::swizzled(address + r * kRowBytes + 2 * c)), 2);
+        ++emulator::cluster.stored;
       }
     }
     *done = true;
@@ -516,7 +522,7 @@ void multiply_async(float (&c)[N / 2], uint64_t left, uint64_t right) {
           emulator::multiply_now<T>(block, registers, left, right, TRANSPOSED);
         });
         // Products of a warpgroup happen in their order.
-        emulator::begin([&group] {
+        emulator::begin(emulator::kProduct, [&group] {
           group.products.front()();
           group.products.pop_front();
           ++group.happened;
