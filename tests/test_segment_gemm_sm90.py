@@ -329,6 +329,9 @@ def test_the_adapter_is_waited_for(kernels, tile):
         assert torch.equal(run(kernels, segments, tile=tile, early=1), want)
         with pytest.raises(RuntimeError, match="read before it has ended"):
             kernels.hopper_segment_gemm(segments[::-1], tile=tile, early=1)
+        bits = torch.full((300, 50), 255, dtype=torch.uint8)
+        masked = run(kernels, segments[::-1], tile=tile, early=1, mask=(bits, 1.0, 2))
+        assert (masked.float() - want.float()).abs().max() < 0.1
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="grids overlap on a GPU alone")

@@ -278,13 +278,14 @@ def hopper_segment_gemm(segments, *, base=None, bias=None, mask=None, tile=None,
 
     tile is one of HOPPER_TILES. Where early is not 0 the kernel begins before the one ahead of it
     in the stream has ended, waits for that one behind the first `early` segments, and writes y
-    after that.
+    after that. With a mask, whose bits it would not wait for, nothing is early.
     """
     if (reason := hopper_refuses(segments)) is not None:
         raise ValueError(reason)
     y = _new_sum(segments)
     block_m, block_n = tile or hopper_tile(*y.shape, y.device)
     bias = None if bias is None else bias.contiguous()
+    early = 0 if mask else early
     for lefts, rights, added, onto, dropped in _by_launch(segments, bias, base, mask, y):
         bits, keep_scale, masked = dropped or (None, 1.0, 0)
         _ops.segment_gemm_sm90_cuda(
