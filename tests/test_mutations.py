@@ -36,6 +36,7 @@ BANK = "bank.py"
 CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
+EMBEDDING = "triton_kernels/embedding.py"
 ADALORA = "optim/adalora.py"
 
 # All six tensors, with dropout and without.
@@ -398,6 +399,31 @@ FAULTS = {
         "return dx, da, db if need_db else None, dgate",
         "return dx, da, db, dgate",
         SUBSET.format("False, False, False, False, False, True", "triton"),
+    ),
+    # Embeddings.
+    "embedding: the prompt's last row is a token's": Fault(
+        EMBEDDING,
+        "mask=(offs_t < m)[:, None] & mask_d[None, :],",
+        "mask=(offs_t < m - 1)[:, None] & mask_d[None, :],",
+        "test_dept_embedding.py::test_a_block_takes_several_sequences[none-2]",
+    ),
+    "embedding: the pair of the first sequence for all": Fault(
+        EMBEDDING,
+        "positions_ptr + n * stride_positions[0] + offs_l * stride_positions[1],",
+        "positions_ptr + offs_l * stride_positions[1],",
+        "test_dept_embedding.py::test_a_block_takes_several_sequences[every row-2]",
+    ),
+    "embedding: a position past the pair takes its last row": Fault(
+        EMBEDDING,
+        "mask_m & (positions >= 0) & (positions < S)",
+        "mask_m & (positions >= 0)",
+        "test_dept_embedding.py::test_any_shape[triton]",
+    ),
+    "embedding: sums without the last block of rows": Fault(
+        EMBEDDING,
+        "for i in range(first, last, BLOCK_M):",
+        "for i in range(first, last - BLOCK_M, BLOCK_M):",
+        "test_lora_embedding.py::test_any_shape[triton]",
     ),
     "triton asked for, torch run": Fault(
         OP,
