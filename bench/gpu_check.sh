@@ -9,10 +9,10 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-compiled bench-grid steps methods dram demo report)
+    bench-group bench-compiled bench-grid steps methods dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
-    tests/test_lora_linear.py tests/test_multi_lora_linear.py tests/test_soft_threshold.py
-    tests/test_lora_add.py tests/test_lora_linear_group.py tests/test_dept_embedding.py tests/test_lora_embedding.py
+    tests/test_lora_linear.py tests/test_lora_add.py tests/test_lora_linear_group.py
+    tests/test_multi_lora_linear.py tests/test_soft_threshold.py tests/test_dept_embedding.py tests/test_lora_embedding.py
     tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
 
 usage() {
@@ -124,6 +124,9 @@ for stage in "${chosen[@]}"; do
         bench-multi)
             bench bench-multi fused_lora.bench.run --op multi_lora_linear --op multi_lora_add_ --stage decode --stage training \
                 --stage ranks --seconds 130
+            ;;
+        bench-group)
+            bench bench-group fused_lora.bench.run --op lora_linear_group --op lora_add --stage training --stage decode --seconds 100
             ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
