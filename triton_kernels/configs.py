@@ -30,9 +30,16 @@ SPLITS_OF_K, ROWS_OF_ADAPTER = 8, 1024
 DECODE_ROWS, DECODE_TILE = 64, 16
 
 
+# An H100 or H200 has so many multiprocessors; in a clock, each makes so many products of 16-bit
+# numbers and gets so many bytes from L2.
+MULTIPROCESSORS, PRODUCTS_PER_CLOCK, L2_BYTES_PER_CLOCK = 132, 2048, 46
+# Barriers of the rings and arguments of the partitions of segment_gemm_hopper.
+HOPPER_EXTRA = 512
+
+
 @functools.cache
-def table() -> dict:
-    return json.loads((Path(__file__).parent / "tuning" / "default.json").read_text())
+def table(name: str = "default") -> dict:
+    return json.loads((Path(__file__).parent / "tuning" / f"{name}.json").read_text())
 
 
 @functools.cache
@@ -89,6 +96,40 @@ def choose(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> d
 
 def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
     return choose("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
+
+
+def segment_gemm_hopper(M: int, N: int, multiprocessors: int) -> dict:
+    """The tile with which the rounds of blocks of one K step each take the least time."""
+
+    def clocks(row):
+        block_m, block_n, block_k = row["BLOCK_M"], row["BLOCK_N"], row["BLOCK_K"]
+        rounds = triton.cdiv(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), multiprocessors)
+        products = block_m * block_n * block_k / PRODUCTS_PER_CLOCK
+        loads = 2 * (block_m + block_n) * block_k / L2_BYTES_PER_CLOCK
+        return rounds * max(products, loads)
+
+    return min(table("hopper")["segment_gemm"], key=clocks)
+
+
+def hopper_shared_memory(config: dict) -> int:
+    """Bytes that a block of segment_gemm_hopper takes, at most: the ring, and y on its way out."""
+    step = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
+    y = config["BLOCK_M"] * config["BLOCK_N"]
+    return 2 * (config["STAGES"] * step + y) + HOPPER_EXTRA
+
+
+def hopper_valid(config: dict) -> bool:
+    """Whether segment_gemm_hopper can run with a config: two warpgroups, boxes of TMA, memory."""
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    return (
+        all(block & (block - 1) == 0 for block in (block_m, block_n))
+        and 128 <= block_m <= 256
+        and 64 <= block_n <= 256
+        and block_m * block_n <= 128 * 256  # two accumulators in registers
+        and config["BLOCK_K"] == 64  # 128 bytes, the widest swizzle
+        and config["STAGES"] >= 2
+        and hopper_shared_memory(config) <= 1024 * SHARED_MEMORY[90]
+    )
 
 
 def segment_add(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
