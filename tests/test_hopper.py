@@ -1,4 +1,4 @@
-"""segment_gemm for compute capability 9.0: its machine code, and the kernel run by hopper_cpu.py.
+"""segment_gemm for compute capability 9.0: its machine code, and the kernel run by gluon_cpu.py.
 
 FUSED_LORA_AOT=full compiles every form with every row and dtype.
 """
@@ -7,9 +7,16 @@ import os
 from collections import Counter
 
 import pytest
+import torch
 from aot import facts_of
 from aot_hopper import FORMS, cases
+from cases import fuzz
 from fused_lora.triton_kernels import configs
+from gluon_cpu import Emulated
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_lora.testing import assert_accurate, guarded
 
 EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
 CASES = cases(EXTENT)
@@ -113,3 +120,248 @@ def test_every_row_is_chosen_for_some_size():
     sizes = [2**i for i in range(6, 17)]
     chosen = {tuple(configs.segment_gemm_hopper(M, N, 132).items()) for M in sizes for N in sizes}
     assert chosen == {tuple(row.items()) for row in ROWS}
+
+
+def small(stages=3, block_m=32, block_n=32, group_m=2):
+    """A tile that no GPU would run, for many tiles in little time."""
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32}
+    return blocks | {"GROUP_M": group_m, "STAGES": stages}
+
+
+def operand(rows, columns, dtype=torch.float16, device="cpu"):
+    """[rows, columns] in rows that begin at multiples of 16 bytes, with NaN between them."""
+    wide = torch.full((rows, -(-columns // 8) * 8), float("nan"), dtype=dtype, device=device)
+    wide[:, :columns] = torch.randn(rows, columns)
+    return wide[:, :columns]
+
+
+def operands(M, N, Ks, turned, dtype=torch.float16, device="cpu"):
+    return [
+        (
+            operand(M, K, dtype, device),
+            operand(K, N, dtype, device).t() if turned else operand(N, K, dtype, device),
+        )
+        for K in Ks
+    ]
+
+
+def check(segment_gemm, segments, *, bias=None, masked=0, **arguments):
+    (M, _), (N, _) = (t.shape for t in segments[0])
+    mask, keep = None, None
+    if masked:
+        bits = torch.randint(0, 256, (M, N // 8), dtype=torch.uint8, device=segments[0][0].device)
+        mask = (bits, 1.25, masked)
+        lanes = bits[:, :, None] >> torch.arange(8, device=bits.device)
+        keep = (lanes & 1).bool().reshape(M, N)
+
+    def plain(bias, *flat):
+        y = 0
+        for i, (lhs, rhs) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
+            y = y + lhs @ rhs.t()
+            if i + 1 == masked:
+                y = torch.where(keep, y * 1.25, 0)
+        return (y if bias is None else y + bias,)
+
+    inputs = (bias, *(t.clone() for pair in segments for t in pair))
+    y = segment_gemm(segments, bias=bias, mask=mask, **arguments)
+    assert_accurate("y", (y,), plain, inputs)
+
+
+@given(
+    M=st.integers(1, 100),
+    N=st.integers(1, 12),
+    Ks=st.lists(st.integers(1, 100), min_size=1, max_size=6),
+    stages=st.integers(1, 5),
+    multiprocessors=st.integers(1, 6),
+    group_m=st.integers(1, 3),
+    turned=st.booleans(),
+    bias=st.booleans(),
+    early=st.integers(0, 5),
+    masked=st.integers(0, 6),
+    seed=st.integers(0, 2**32),
+)
+@fuzz(50)
+def test_any_schedule_gives_the_sum(
+    M, N, Ks, stages, multiprocessors, group_m, turned, bias, early, masked, seed
+):
+    """Whoever goes first, and however late copies arrive: y is right, each element is written once,
+    and nothing waits forever."""
+    masked = min(masked, len(Ks))
+    early = 0 if masked else min(early, len(Ks) - 1)
+    N *= 32 if masked else 8
+    segments = operands(M, N, Ks, turned)
+    emulated = Emulated(multiprocessors=multiprocessors)
+    check(
+        emulated.segment_gemm,
+        segments,
+        bias=guarded((N,), dtype=torch.float16) if bias else None,
+        masked=masked,
+        config=small(stages, group_m=group_m),
+        early=early,
+        late=[lhs for lhs, _ in segments[early:]],
+        seed=seed,
+    )
+    assert emulated.launch_pdl == (early > 0)
+    assert emulated.grid == (min(multiprocessors, -(-M // 32) * -(-N // 32)),)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("form", ["forward", "masked dx"])
+def test_the_shipped_tiles_give_the_sum(form, row):
+    turned = form == "masked dx"
+    segments = operands(200, 288, (72, 200)[:: -1 if turned else 1], turned)
+    check(Emulated().segment_gemm, segments, masked=int(turned), config=row)
+
+
+def test_a_single_row_of_any_stride():
+    """Of one row the distance to the next means nothing."""
+    x = torch.randn(40, dtype=torch.float16).as_strided((1, 40), (3, 1))
+    check(Emulated().segment_gemm, [(x, operand(16, 40))], config=small())
+
+
+# A piece of the kernel, and a fault in its place.
+FAULTS = {
+    "the producer waits for the wrong parity": (
+        "mbarrier.wait(empty.index(slot), parity ^ 1)",
+        "mbarrier.wait(empty.index(slot), parity)",
+    ),
+    "the consumer waits for the wrong parity": (
+        "mbarrier.wait(full.index(slot), parity)",
+        "mbarrier.wait(full.index(slot), parity ^ 1)",
+    ),
+    "the parity never turns": ("it // STAGES & 1", "it // STAGES & 0"),
+    "one slot is left out": ("return it % STAGES,", "return it * 2 % STAGES,"),
+    "one consumer is enough": (
+        "mbarrier.init(ring[3].index(slot), CONSUMERS)",
+        "mbarrier.init(ring[3].index(slot), 1)",
+    ),
+    "a slot is free before it is read": ("warpgroup_mma_wait(0, ", "warpgroup_mma_wait(1, "),
+    "a slot is never free": ("mbarrier.arrive(empty.index(slot))", "pass"),
+    "half of the bytes are expected": (
+        "lhs.block_type.nbytes + rhs.block_type.nbytes",
+        "lhs.block_type.nbytes",
+    ),
+    "steps are counted from each tile on": (
+        "        acc = gl.zeros(",
+        "        it = 0\n        acc = gl.zeros(",
+    ),
+    "a segment's steps are not counted": ("            it += steps\n", ""),
+    "y leaves while the next tile is written": (
+        "        tma.store_wait(0)  # until",
+        "        # until",
+    ),
+    "y without a fence": (
+        "        fence_async_shared()\n        tma.async_copy_shared",
+        "        tma.async_copy_shared",
+    ),
+    "barriers without a fence": (
+        "    fence_async_shared()\n    into",
+        "    into",
+    ),
+    "the kernel before is not waited for": ("gdc_wait()", "pass"),
+    "both consumers have the same rows": (
+        "lhs_ring.index(slot).slice(CONSUMER *",
+        "lhs_ring.index(slot).slice(0 *",
+    ),
+    "both consumers write the same rows": ("+ CONSUMER * ROWS", "+ 0 * ROWS"),
+    "the last tile is left out": (
+        "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)",
+        "tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N) - 1",
+    ),
+    "the rows of another tile": (
+        "pid_m * BLOCK_M, pid_n * BLOCK_N, k",
+        "pid_n * BLOCK_M, pid_n * BLOCK_N, k",
+    ),
+    "a narrow step is too narrow": ("configs.block_of(K % block_k or block_k, block_k)", "16"),
+    "bias past N": ("mask=offs_n < N, other", "mask=offs_n >= 0, other"),
+    "no bias": ("acc += bias.to(", "acc += 0 * bias.to("),
+    "rows are as far apart as they are long": (
+        "stride = t.stride(0) if",
+        "stride = 8 * triton.cdiv(t.shape[1], 8) if",
+    ),
+}
+MASK_FAULTS = {
+    "the mask is not scaled": ("acc * keep_scale", "acc"),
+    "the mask comes last": ("if i + 1 == MASKED:", "if i + 1 == len(Ks):"),
+    "the words of another tile": ("first_n // 32 +", "0 * first_n +"),
+    "the bits backwards": ("(bits[:, :, None] >> lane", "(bits[:, :, None] >> 31 - lane"),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *MASK_FAULTS])
+def test_a_fault_in_the_kernel_is_found(fault):
+    masked = int(fault in MASK_FAULTS)
+    segments = operands(70, 96 if masked else 72, (24, 72, 56), bool(masked))
+    wide = torch.randn(70, 160, dtype=torch.float16)
+    segments[1] = (wide[:, :72], segments[1][1])
+    bias = guarded((segments[0][1].shape[0],), dtype=torch.float16)
+
+    def run(emulated, seed):
+        late = [] if masked else [lhs for lhs, _ in segments[1:]]
+        early = 0 if masked else 1
+        config = small(stages=2)
+        options = {"config": config, "early": early, "late": late, "seed": seed}
+        check(emulated.segment_gemm, segments, bias=bias, masked=masked, **options)
+
+    run(Emulated(), 0)
+    faulty = Emulated(fault=(FAULTS | MASK_FAULTS)[fault])
+    with pytest.raises((AssertionError, IndexError)):
+        for seed in range(20):
+            run(faulty, seed)
+
+
+def misaligned(rows, columns):
+    return torch.randn(rows * columns + 1, dtype=torch.float16)[1:].view(rows, columns)
+
+
+def half(*shape):
+    return torch.randn(*shape, dtype=torch.float16)
+
+
+REFUSED = {
+    "the Gluon kernel takes bfloat16 and float16, not torch.float32": lambda: [
+        (torch.randn(8, 8), torch.randn(8, 8))
+    ],
+    "the Gluon kernel takes 6 segments at most, not 7": lambda: [(half(8, 8), half(8, 8))] * 7,
+    "an operand is empty, and TMA needs something to read": lambda: [(half(8, 0), half(8, 0))],
+    "y has rows 12 elements apart, and TMA needs a multiple of 16 bytes": lambda: [
+        (half(8, 8), half(12, 8))
+    ],
+    "the right operands do not all lie along the same dimension": lambda: [
+        (half(8, 16), half(8, 16)),
+        (half(8, 8), half(8, 8).t()),
+    ],
+    "the left operand of segment 1 has rows 4 elements apart, and TMA needs a multiple of 16 bytes":
+    lambda: [(half(8, 8), half(8, 8)), (half(8, 4), half(8, 4))],
+    "the right operand of segment 0 has strides (3, 24), and TMA needs elements side by side":
+    lambda: [(half(8, 8), half(8, 24)[:, ::3])],
+    "the left operand of segment 0 has strides (1, 8), and TMA needs elements side by side":
+    lambda: [(half(8, 8).t(), half(8, 8))],
+    "the left operand of segment 0 has rows 0 elements apart, and TMA needs a multiple of 16 bytes":
+    lambda: [(half(1, 8).expand(8, 8), half(8, 8))],
+    "the left operand of segment 0 does not begin at a multiple of 16 bytes, which TMA needs":
+    lambda: [(misaligned(8, 8), half(8, 8))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_the_kernel_cannot_take_is_said(sentence):
+    emulated = Emulated()
+    segments = REFUSED[sentence]()
+    assert emulated.module.refuses(segments) == sentence
+    with pytest.raises(RuntimeError) as raised:
+        emulated.segment_gemm(segments)
+    assert str(raised.value) == f"segment_gemm: {sentence}"
+
+
+def test_a_mask_of_no_whole_words_is_refused():
+    why = Emulated().module.refuses([(half(8, 8), half(40, 8))], mask=(half(8, 5), 1.0, 1))
+    assert why == "the mask of 40 columns is not made of whole 32-bit words"
+
+
+@pytest.mark.parametrize("early", [-1, 2])
+def test_no_more_segments_are_early_than_may_be(early):
+    """After the last no wait would come, and y would be written while the kernel before reads."""
+    with pytest.raises(ValueError) as raised:
+        Emulated().segment_gemm([(half(8, 8), half(8, 8))] * 2, early=early)
+    assert str(raised.value) == f"early must be at least 0 and less than 2, got {early}"

@@ -277,7 +277,7 @@ def _tail(K: int, block_k: int) -> int:
 def _misplaced(name: str, t: torch.Tensor) -> str | None:
     """None where TMA can read or write the matrix t, which lies along its rows."""
     if t.stride(1) != 1:
-        return f"{name} has strides {t.stride()}, and TMA needs elements that lie side by side"
+        return f"{name} has strides {t.stride()}, and TMA needs elements side by side"
     if t.shape[0] > 1 and (t.stride(0) * t.itemsize % 16 or t.stride(0) < t.shape[1]):
         return f"{name} has rows {t.stride(0)} elements apart, and TMA needs a multiple of 16 bytes"
     if t.data_ptr() % 16:
