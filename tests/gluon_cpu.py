@@ -386,8 +386,8 @@ class Emulated:
             swizzle2d.fn.__code__, {"tl": modules["triton.language"]}
         )
 
-    def launch(self, kernel, grid, device, *args, num_warps, launch_pdl, **meta):
-        self.grid, self.launch_pdl = grid, launch_pdl
+    def launch(self, kernel, grid, device, *args, num_warps, overlap, **meta):
+        self.grid, self.overlap = grid, overlap
         args = [
             Pointer(arg.flatten().numpy()) if isinstance(arg, torch.Tensor) else arg for arg in args
         ]

@@ -201,7 +201,7 @@ def test_any_schedule_gives_the_sum(
         late=[lhs for lhs, _ in segments[early:]],
         seed=seed,
     )
-    assert emulated.launch_pdl == (early > 0)
+    assert emulated.overlap == (early > 0)
     assert emulated.grid == (min(multiprocessors, -(-M // 32) * -(-N // 32)),)
 
 

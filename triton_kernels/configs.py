@@ -3,12 +3,16 @@
 A row is chosen by the GPU's family, the kind of product and the sizes; any size on any GPU finds
 one. Nothing else enters, so a result is the same, bit for bit, on every GPU of a family.
 
+Above them routes: rows of measured times that name the kernel, and its tile, for sizes near theirs.
+
 A row's maxnreg is what its shared memory leaves to a block: left alone, ptxas aims for more blocks
 on a multiprocessor than fit, and spills for it.
 """
 
 import functools
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -180,6 +184,65 @@ def multi_row_reduce(R: int, dtype: torch.dtype, sm: int) -> dict:
     """ROWS likewise: an adapter's gradients do not depend on the others of the batch."""
     row = choose("multi_row_reduce", kind(dtype), sm, (("R", R),))
     return row | {"BLOCK_R": block_of(R, MAX_BLOCK_R[kind(dtype)]), "ROWS": ROWS_OF_ADAPTER}
+
+
+# What may make the sum of segment_gemm: its own kernel, segment_gemm_hopper, or torch's products.
+ROUTES = "triton", "gluon", "torch"
+# Rows tell something of sizes with at most so many times more or fewer rows.
+REACH = 4
+
+
+def tuning_path() -> Path:
+    """What `fused-lora tune` writes and the launchers read."""
+    if path := os.environ.get("FUSED_LORA_TUNING"):
+        return Path(path)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fused_lora" / "tuning.json"
+
+
+@functools.cache
+def routes() -> tuple[dict, ...]:
+    """The user's rows, then those of tuning/routes.json."""
+    path = tuning_path()
+    try:
+        own = json.loads(path.read_text())["rows"] if path.exists() else []
+        unknown = [row for row in own if row["route"] not in ROUTES]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of fused-lora tune ({error!r}); remove it") from error
+    if unknown:
+        raise ValueError(f"{path}: route must be one of {', '.join(ROUTES)}, got {unknown[0]}")
+    return (*own, *table("routes")["rows"])
+
+
+@functools.cache
+def gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def rank_bucket(R: int) -> int:
+    return triton.next_power_of_2(max(1, R))
+
+
+@functools.lru_cache(maxsize=4096)
+def route(M: int, **sizes) -> dict | None:
+    """The row for the nearest M, by the logarithm, among those that agree in all that they name.
+
+    sizes are form, kind, sm, gpu, triton, N, K and R; a row that leaves one out is for all of them,
+    and one without M for every M. The first of the tables that has a row within REACH answers.
+    """
+    best, distance = None, math.log(REACH) + 1e-9
+    for row in routes():
+        if all(row.get(key, value) == value for key, value in sizes.items()):
+            away = abs(math.log(M / row.get("M", M)))
+            if away < distance:
+                best, distance = row, away
+    return best
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may say that the next can begin: where a route's kernel makes use of it."""
+    gluon = any(row["route"] == "gluon" for row in routes())
+    return gluon and capability(device) == 90
 
 
 def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:

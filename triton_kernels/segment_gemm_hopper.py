@@ -373,7 +373,7 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None, early=0):
         TAILS=tuple(_tail(t.shape[1], block_k) for t in lhs),
         TURNED=turned,
         num_warps=4,
-        launch_pdl=early > 0,
+        overlap=early > 0,
         **c,
     )
     return y

@@ -158,11 +158,12 @@ def tile(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
     return 64 if M > 16 else 16
 
 
-def segment_gemm(segments, *, bias=None, mask=None, block_m=None):
+def segment_gemm(segments, *, bias=None, mask=None, block_m=None, early=0):
     """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
 
     mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
-    accumulator is multiplied by keep * keep_scale.
+    accumulator is multiplied by keep * keep_scale. early: how many of the segments were complete
+    before the kernel launched last; this one begins when that one has ended, and need not know.
     """
     lefts, rights = (list(side) for side in zip(*segments, strict=True))
     y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
