@@ -3,20 +3,29 @@
 FUSED_LORA_AOT=full compiles every form with every row and dtype.
 """
 
+import functools
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from aot import facts_of
-from aot_hopper import FORMS, cases
+from aot_hopper import FORMS, SHRINK, cases
 from cases import fuzz
+from conftest import DEVICE
+from fused_lora.bench import hopper
 from fused_lora.triton_kernels import configs
-from gluon_cpu import Emulated
+from gluon_cpu import Emulated, install
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fused_lora as fl
+from fused_lora import tune
 from fused_lora.testing import assert_accurate, guarded
+from fused_lora.tune import Case
+
+BENCH = Path(__file__).parents[1] / "bench"
 
 EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
 CASES = cases(EXTENT)
@@ -68,7 +77,8 @@ def problems(f: dict, form: dict):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_machine_code(case, facts):
-    wrong = list(problems(facts[str(case)], FORMS[case[2]]))
+    (f,) = facts[str(case)]
+    wrong = list(problems(f, FORMS[case[2]]))
     assert not wrong, "\n".join(wrong)
 
 
@@ -88,7 +98,7 @@ def test_machine_code(case, facts):
     ids=str,
 )
 def test_a_fault_in_the_machine_code_is_found(fault, sentence, facts):
-    sound = facts[str((0, "bf16", "forward"))]
+    (sound,) = facts[str((0, "bf16", "forward"))]
     assert any(sentence in problem for problem in problems(sound | fault, FORMS["forward"]))
 
 
@@ -103,10 +113,21 @@ def test_a_fault_in_the_machine_code_is_found(fault, sentence, facts):
     ],
 )
 def test_a_fault_in_a_loop_is_found(extra, sentence, facts):
-    sound = facts[str((0, "bf16", "forward"))]
+    (sound,) = facts[str((0, "bf16", "forward"))]
     first, *others = sound["loops"]
     faulty = sound | {"loops": [[*first, extra], *others]}
     assert any(sentence in problem for problem in problems(faulty, FORMS["forward"]))
+
+
+@pytest.mark.timeout(1200)
+def test_the_kernels_before_let_it_begin(facts):
+    """The first says so when it begins; the second says so, then waits for the first."""
+    shrink, planes = facts[SHRINK]
+    assert (shrink["kernel"], planes["kernel"]) == ("shrink_kernel", "sum_planes_kernel")
+    assert [f["stack"] for f in (shrink, planes)] == [0, 0]
+    assert not shrink["pdl"] and planes["pdl"]
+    assert {"PREEXIT"} == {"PREEXIT", "ACQBULK"} & set(shrink["instructions"])
+    assert {"PREEXIT", "ACQBULK"} <= set(planes["instructions"])
 
 
 def test_rows_are_valid():
@@ -365,3 +386,68 @@ def test_no_more_segments_are_early_than_may_be(early):
     with pytest.raises(ValueError) as raised:
         Emulated().segment_gemm([(half(8, 8), half(8, 8))] * 2, early=early)
     assert str(raised.value) == f"early must be at least 0 and less than 2, got {early}"
+
+
+def test_the_ops_on_the_route_to_the_kernel(tmp_path, monkeypatch):
+    """lora_linear with all its gradients, where a table names this kernel for everything."""
+    emulated = install(monkeypatch)
+    monkeypatch.setenv("FUSED_LORA_TUNING", str(BENCH / "gluon.json"))
+    for cache in (configs.routes, configs.route):
+        cache.cache_clear()
+    launches = []
+    launch = emulated.module.launch
+    monkeypatch.setattr(
+        emulated.module,
+        "launch",
+        lambda *args, **meta: (launches.append(meta["overlap"]), launch(*args, **meta)),
+    )
+    x, w, a, b = (half(*shape) for shape in ((40, 64), (96, 64), (8, 64), (96, 8)))
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    dy = half(40, 96)
+
+    def run(op, p, dy, w, x, a, b, **options):
+        y = op(x, w, a, b, scale=0.5, dropout_p=p, seed=7 if p else None, **options)
+        return [y, *torch.autograd.grad(y, (x, a, b), dy)]
+
+    for p in (0.0, 0.5):
+        ours = run(fl.lora_linear, p, dy, w, *leaves, backend="triton")
+        plain = functools.partial(run, fl.reference.lora_linear, p)
+        assert_accurate(("y", "dx", "da", "db"), ours, plain, [dy, w, *leaves])
+    configs.routes.cache_clear()
+    configs.route.cache_clear()
+    # Forward and dx begin before the kernel that makes t or dh has ended, the masked dx does not.
+    assert launches == [True, True, True, False]
+
+
+def test_the_benchmark_on_a_gpu_that_is_emulated(tmp_path, monkeypatch, capsys):
+    install(monkeypatch)
+    monkeypatch.setattr(hopper, "AGAIN", 1)
+    monkeypatch.setattr(hopper, "ROUNDS", 2)
+    monkeypatch.setattr(hopper, "tiles", lambda: [small()])
+    cpu, fp16 = torch.device("cpu"), torch.float16
+    cases = [Case(form, 40, 64, 96, 8, fp16) for form in tune.FORMS]
+    assert [row["why"] for row in hopper.numerics(cases, cpu)] == [""] * 3
+    install(monkeypatch, fault=FAULTS["no bias"]).module.refuses = lambda *a, **b: "broken"
+    assert {row["why"] for row in hopper.numerics(cases, cpu)} == {
+        "RuntimeError: segment_gemm: broken"
+    }
+    install(monkeypatch)
+    found = hopper.times(cases[:1], cpu, lambda call: call() is not None and 2e-6)
+    assert set(found[0]["us"].values()) == {2.0} and len(found[0]["us"]) == 5
+    assert hopper.table(found).splitlines()[1].split()[-4:] == ["2.0", "1.000", "1.000", "1.000"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hopper.main([])
+    assert stopped.value.code == 2 and "sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("case", hopper.NUMERIC, ids=str)
+def test_on_a_gpu(case):
+    if configs.capability(torch.device("cuda:0")) != 90:
+        pytest.skip("needs compute capability 9.0")
+    assert [row for row in hopper.numerics([case], torch.device("cuda:0")) if row["why"]] == []
