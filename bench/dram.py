@@ -20,7 +20,7 @@ from fused_lora.bench.registry import LinearCase
 from fused_lora.bench.report import machine
 
 CASE = LinearCase(8192, 4096, 4096, dtype=torch.bfloat16)
-CONTENDERS = "linear", "naive", "addmm", "lorafusion form", "torch", "triton"
+CONTENDERS = "linear", "naive", "addmm", "lorafusion form", "torch", "triton", "cuda"
 METRICS = {"read": "dram__bytes_read.sum", "write": "dram__bytes_write.sum"}
 NCU = [
     "ncu",

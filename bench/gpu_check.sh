@@ -12,7 +12,7 @@ stages=(setup correct rest sanitize determinism bench-quick bench-training bench
     bench-compiled bench-grid hopper steps dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
     tests/test_lora_linear.py tests/test_multi_lora_linear.py tests/test_soft_threshold.py
-    tests/test_regressions.py tests/test_reference.py)
+    tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
 
 usage() {
     echo "usage: bench/gpu_check.sh [--dry-run] OUT [stage...]" >&2

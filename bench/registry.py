@@ -173,7 +173,7 @@ def _linear_stages() -> dict[str, Stage]:
             LinearCase(M, N, K, dtype=BF16, **options) for N, K in shapes.values() for M in rows
         ]
 
-    common = "linear", "naive", "naive again", "addmm", "torch", "triton"
+    common = "linear", "naive", "naive again", "addmm", "torch", "triton", "cuda"
     training = [case for p in (0.0, 0.1) for case in bf16((8192, 2048), p=p)]
     ragged = [LinearCase(M, 4096, 4096, dtype=BF16) for M in (2837, 4097)]
     # torch.compile takes longer for a case than all the others: it has a stage of its own.
@@ -208,13 +208,14 @@ LORA_LINEAR = Op(
     bytes=linear_bytes,
     floor="linear",
     baseline="naive",
-    ours=("torch", "triton"),
+    ours=("torch", "triton", "cuda"),
     contenders={
         "linear": Contender(_base, torch_keep),
         "naive": Contender(_naive, torch_keep),
         "naive again": Contender(_naive, torch_keep),
         "torch": _ours("torch"),
         "triton": _ours("triton"),
+        "cuda": _ours("cuda"),
         **_also(PEERS),
         **_also(BASELINES),
     },
@@ -405,7 +406,7 @@ MULTI_LORA_LINEAR = Op(
     bytes=multi_bytes,
     floor="linear",
     baseline="adapter loop",
-    ours=("torch", "triton"),
+    ours=("torch", "triton", "cuda"),
     contenders={
         "linear": Contender(_multi_base, torch_keep),
         "adapter loop": Contender(_multi_loop, torch_keep),
@@ -419,6 +420,7 @@ MULTI_LORA_LINEAR = Op(
         ),
         "torch": _multi_ours("torch"),
         "triton": _multi_ours("triton"),
+        "cuda": _multi_ours("cuda"),
         **_also(MULTI_PEERS),
         **_also(MULTI_BASELINES),
     },
@@ -541,13 +543,14 @@ MULTI_LORA_ADD = Op(
     bytes=qkv_bytes,
     floor="linear",
     baseline="adapter loop",
-    ours=("torch", "triton"),
+    ours=("torch", "triton", "cuda"),
     contenders={
         "linear": Contender(_qkv_base, torch_keep, forward_only=True),
         "adapter loop": Contender(_qkv_loop, torch_keep, forward_only=True),
         "adapter loop again": Contender(_qkv_loop, torch_keep, forward_only=True),
         "torch": _qkv_ours("torch"),
         "triton": _qkv_ours("triton"),
+        "cuda": _qkv_ours("cuda"),
     },
 )
 OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR, MULTI_LORA_ADD)}

@@ -121,7 +121,8 @@ class Report:
     def __init__(self, results: dict, op=None):
         self.results, self.op = results, op or OPS[results["op"]]
         self.cases, self.missing = results["cases"], results["missing"]
-        self.ours = [name for name in self.op.ours if name not in self.missing]
+        timed = {name for case in self.cases for name in case["times"]}
+        self.ours = [name for name in self.op.ours if name in timed]
         again = f"{self.op.baseline} again"
         found = (self.ratio(*row, again) for row in self.rows())
         apart = sorted(abs(ratio - 1) for ratio in found if ratio is not None)

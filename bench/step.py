@@ -29,7 +29,7 @@ import fused_lora as fl
 
 NAME = "training_step"
 BASELINE, AGAIN = "PEFT", "PEFT again"
-OURS = "torch", "triton", "torch, compiled"
+OURS = "torch", "triton", "cuda", "torch, compiled"
 LEARNING_RATE, ALPHA_OVER_R = 1e-4, 2.0
 GATED_TOKENS = 256  # of one sequence: attention in fp64 keeps its scores
 
@@ -154,6 +154,7 @@ CONTENDERS = {
     "PEFT, compiled": Contender(with_peft, compiled=True),
     "torch": Contender(with_ours, backend="torch"),
     "triton": Contender(with_ours, backend="triton"),
+    "cuda": Contender(with_ours, backend="cuda"),
     "torch, compiled": Contender(with_ours, backend="torch", compiled=True),
 }
 

@@ -36,6 +36,7 @@ struct Shape {
   using W = Tile<T, kBlockC, BLOCK_R>;
   static constexpr int kStage = Z::kSize + V::kSize;
   static constexpr int kShared = (W::kSize + kStages * kStage) * int(sizeof(T));
+  static_assert(kShared <= kMaxShared, "");
 };
 
 template <typename T, int BLOCK_R>
@@ -126,9 +127,13 @@ cudaError_t start(const Params<T>& p, cudaStream_t stream) {
                 stream);
 }
 
+// In fp32 64 ranks would not fit into shared memory.
+template <typename T>
+constexpr int kWideR = sizeof(T) == 4 ? 32 : 64;
+
 template <typename T>
 cudaError_t start(const Params<T>& p, cudaStream_t stream) {
-  return p.adapters.R <= 16 ? start<T, 16>(p, stream) : start<T, 64>(p, stream);
+  return p.adapters.R <= 16 ? start<T, 16>(p, stream) : start<T, kWideR<T>>(p, stream);
 }
 
 }  // namespace fused_lora::row_reduce

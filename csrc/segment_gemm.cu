@@ -18,8 +18,8 @@ cudaError_t start_tile(const Params<T>& p, int64_t block_m, const char* op, cuda
 
 // The segment `gathered` has t [M, R] and the slots V [P, R, N]; -1: none.
 void segment_gemm_cuda(Tensors lefts, Tensors rights, int64_t gathered, Tensors many,
-                       MaybeTensor bias, MaybeTensor bits, int64_t masked, double keep_scale,
-                       Tensor y, bool add, int64_t block_m) {
+                       MaybeTensor bias, MaybeTensor base, MaybeTensor bits, int64_t masked,
+                       double keep_scale, Tensor y, int64_t block_m) {
   const Call call{"segment_gemm", y.get_device_index()};
   check(lefts.size() == rights.size() && lefts.size() <= kMaxSegments, call.op,
         ": there must be as many lefts as rights, and at most ", kMaxSegments);
@@ -60,7 +60,7 @@ void segment_gemm_cuda(Tensors lefts, Tensors rights, int64_t gathered, Tensors 
     p.y_row_stride = out.row_stride;
     p.y_col_stride = out.col_stride;
     p.y_chunked = out.chunked;
-    p.add = add;
+    if (base.has_value()) p.base = call.matrix<T>("base", *base, p.M, p.N);
     const OnDevice on(call.device);
     check_cuda(start_tile(p, block_m, call.op, on.stream), call.op);
   });

@@ -1,4 +1,4 @@
-// y = bias + sum_i L_i R_i^T, every segment into one fp32 accumulator, rounded once.
+// y = base + bias + sum_i L_i R_i^T, every segment into one fp32 accumulator, rounded once.
 //
 //   forward     (x, W0), (t, B)                      dx   (dy, W0^T), (dh, A^T)
 //   masked dx   (dh, A^T), D ⊙ ., (dy, W0^T)         with D = keep * keep_scale, on the output side
@@ -32,11 +32,11 @@ struct Params {
   float keep_scale;
   Adapters adapters;
   int64_t slot_stride;
-  const T* bias;  // [N] or null
-  T* y;           // [M, N]
+  const T* bias;   // [N] or null
+  Matrix<T> base;  // [M, N], which may be y; data null where there is none
+  T* y;            // [M, N]
   int64_t y_row_stride, y_col_stride;
   bool y_chunked;
-  bool add;  // y is a term of the sum
   int64_t M, N;
 };
 
@@ -56,6 +56,7 @@ struct Config {
   static constexpr int kOutput = BLOCK_M * kRow * int(sizeof(float));
   static constexpr int kIndices = 2 * (BLOCK_M + 1) * int(sizeof(int));
   static constexpr int kShared = (kTiles > kOutput ? kTiles : kOutput) + kIndices;
+  static_assert(kShared <= kMaxShared, "");
 };
 
 // The slots of a tile's rows, and each of them once, in the order of the first row of each.
@@ -152,7 +153,7 @@ __device__ void apply_mask(Accumulator<C::WM, C::WN>& acc, const Params<typename
   }
 }
 
-// Chunks of the output tile, bias and y added, rounded and written.
+// Chunks of the output tile, bias and base added, rounded and written.
 template <typename C>
 __device__ void store_tile(const float* tile, const Params<typename C::T>& p, int64_t m0,
                            int64_t n0) {
@@ -166,13 +167,16 @@ __device__ void store_tile(const float* tile, const Params<typename C::T>& p, in
     const int valid = p.N - n < V ? int(p.N - n) : V;
     alignas(16) T out[V];
     const bool whole = p.y_chunked && valid == V;
-    if (p.add && whole) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(to);
+    const bool add = p.base.data != nullptr, add_whole = add && p.base.chunked && valid == V;
+    if (add_whole) {
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(p.base.at(m, n));
+    }
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       if (e >= valid) continue;
       float value = values[e];
       if (p.bias != nullptr) value += to_float(p.bias[n + e]);
-      if (p.add) value += to_float(whole ? out[e] : to[e * p.y_col_stride]);
+      if (add) value += to_float(add_whole ? out[e] : *p.base.at(m, n + e));
       out[e] = from_float<T>(value);
     }
     if (whole) {

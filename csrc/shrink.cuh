@@ -33,6 +33,7 @@ struct Shape {
   using ATransposed = Tile<T, kBlockK<T>, BLOCK_R>;
   static constexpr int kStage = X::kSize + A::kSize;
   static constexpr int kShared = kStages * kStage * int(sizeof(T));
+  static_assert(kShared <= kMaxShared, "");
 };
 
 template <typename T, int BLOCK_R>

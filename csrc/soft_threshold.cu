@@ -1,5 +1,5 @@
-// fused_lora::soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> (), which ops/soft_threshold.py
-// declares.
+// fused_lora::soft_threshold_cuda_(Tensor(a!)[] gates, float xi, bool official_compat) -> (), which
+// ops/soft_threshold.py declares.
 #include "soft_threshold.cuh"
 
 #include "common/tensor.h"
@@ -26,28 +26,29 @@ void check_gates(const Gates& gates) {
 }
 
 template <typename scalar_t, typename Launch>
-void threshold_dtype(const Gates& gates, ScalarType dtype, double xi, Launch launch) {
+void threshold_dtype(const Gates& gates, ScalarType dtype, double xi, bool official_compat,
+                     Launch launch) {
   std::vector<Span<scalar_t>> spans;
   for (const Tensor& gate : gates) {
     if (gate.scalar_type() != dtype) continue;
     spans.push_back({static_cast<scalar_t*>(gate.mutable_data_ptr()), gate.numel()});
   }
-  check_cuda(for_each_table(spans, xi, launch), kOp);
+  check_cuda(for_each_table(spans, xi, official_compat, launch), kOp);
 }
 
 template <typename Launch>
-void threshold_all(const Gates& gates, double xi, Launch launch) {
-  threshold_dtype<float>(gates, ScalarType::Float, xi, launch);
-  threshold_dtype<double>(gates, ScalarType::Double, xi, launch);
-  threshold_dtype<__half>(gates, ScalarType::Half, xi, launch);
-  threshold_dtype<__nv_bfloat16>(gates, ScalarType::BFloat16, xi, launch);
+void threshold_all(const Gates& gates, double xi, bool official_compat, Launch launch) {
+  threshold_dtype<float>(gates, ScalarType::Float, xi, official_compat, launch);
+  threshold_dtype<double>(gates, ScalarType::Double, xi, official_compat, launch);
+  threshold_dtype<__half>(gates, ScalarType::Half, xi, official_compat, launch);
+  threshold_dtype<__nv_bfloat16>(gates, ScalarType::BFloat16, xi, official_compat, launch);
 }
 
-void soft_threshold_cuda(Gates gates, double xi) {
+void soft_threshold_cuda(Gates gates, double xi, bool official_compat) {
   if (gates.empty()) return;
   check_gates(gates);
   const OnDevice on(gates[0].get_device_index());
-  threshold_all(gates, xi, [&on](const auto& params) {
+  threshold_all(gates, xi, official_compat, [&on](const auto& params) {
     using Params = std::decay_t<decltype(params)>;
     return launch(soft_threshold_kernel<typename Params::Scalar>, dim3(unsigned(params.count)),
                   kThreads, 0, params, on.stream);

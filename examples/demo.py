@@ -29,7 +29,7 @@ from pathlib import Path
 import demo_report as report
 import torch
 import torch.nn.functional as F
-from demo_base import (
+from fused_lora.bench.text import (
     GPT,
     KINDS,
     PRESETS,

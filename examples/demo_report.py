@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from demo_base import KINDS
+from fused_lora.bench.text import KINDS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console

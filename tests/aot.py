@@ -24,12 +24,8 @@ from pathlib import Path
 
 K, N = 4096, 4096
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
-# An M for each row of segment_gemm; the ranks beside them meet every row of the other tables.
-BUCKETS = {
-    "half": {16: 8, 64: 16, 256: 32, 1024: 64, 8192: 128},
-    "tf32": {16: 8, 64: 64, 8192: 128},
-    "fp32": {16: 8, 8192: 32},
-}
+# An M for each row of segment_gemm.
+BUCKETS = {"half": (16, 64, 256, 1024, 8192), "tf32": (16, 64, 8192), "fp32": (16, 8192)}
 RANKS = (8, 16, 32, 64, 128, 256)
 ARCHITECTURES = {"default": (80, 90, 100), "full": (80, 90, 100, 120)}
 # needs: dx, dA, dB, dg.
@@ -45,6 +41,7 @@ CALLS = {
     "multi-qkv": {},
     "multi-qkv-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
+    "embedding": {},
 }
 SLOTS = 64  # of the calls for many adapters
 
@@ -62,20 +59,19 @@ class Case:
 
 
 def cases(extent: str) -> list[Case]:
-    """`default` meets every row of the tables, `full` every rank, bucket, call and dtype."""
+    """`full` meets every rank, bucket, call and dtype, and so every row of the tables."""
     found = []
     for sm, dtype in itertools.product(ARCHITECTURES[extent], DTYPES):
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
                 # Of these calls M changes nothing.
-                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv"
+                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv", "embedding"
                 if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
-        elif dtype != "bf16":
-            calls = [c for c in CALLS if c.endswith("all") or c.startswith("multi")]
-            for (M, R), call in itertools.product(buckets.items(), calls):
-                found.append(Case(sm, dtype, M, R, call))
+        elif dtype == "fp16":
+            calls = "forward-all", "backward-all", "multi-forward", "embedding"
+            found += [Case(sm, dtype, 1024, 64, call) for call in calls]
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
 
@@ -134,7 +130,7 @@ def call(case: Case):
     """The kernels of one forward or backward of lora_linear, on tensors without memory."""
     import torch
 
-    from fused_lora.ops.lora_linear import backward_triton, forward_triton
+    from fused_lora.ops.lora_linear import backward_kernels, forward_kernels
 
     dtype = getattr(torch, DTYPES[case.dtype])
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
@@ -148,10 +144,14 @@ def call(case: Case):
     gate = empty(R, dtype=torch.float32) if options["gate"] else None
     seed = empty(1, dtype=torch.int64) if p else None
     GPU.sm = case.sm
+    if case.call == "embedding":
+        return embeddings(M, R, w)
     if case.call.endswith("decode"):
         M = min(M, 64)
         x = empty(M, K)
     if case.call.startswith("multi"):
+        from fused_lora.triton_kernels import primitives
+
         from fused_lora.ops import multi_lora_linear as multi
 
         ids, order, offsets, rank, table = (
@@ -162,18 +162,42 @@ def call(case: Case):
         route = multi.Route(ids, order, offsets)
         if "qkv" in case.call:
             y = empty(M, 3 * N)
-            multi._add_triton(list(y.split(N, 1)), x, [slots] * 3, route)
+            primitives.multi_add_(list(y.split(N, 1)), x, [slots] * 3, route)
         elif "needs" not in options:
-            multi.forward_triton(x, w, slots, route, empty(N), seed, p, options["save_h"])
+            multi.forward_kernels(
+                "triton", x, w, slots, route, empty(N), seed, p, options["save_h"]
+            )
         else:
             dy, h = empty(M, N), empty(M, R)
-            multi.backward_triton(dy, x, w, slots, route, h, seed, p, options["needs"])
+            multi.backward_kernels("triton", dy, x, w, slots, route, h, seed, p, options["needs"])
     elif "needs" not in options:
         bias = empty(N) if options["bias"] else None
-        forward_triton(x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
+        forward_kernels("triton", x, w, a, b, bias, gate, seed, 2.0, p, options["save_h"])
     else:
         dy, h = empty(M, N), empty(M, R)
-        backward_triton(dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype))
+        backward_kernels(
+            "triton", dy, x, w, a, b, gate, h, seed, 2.0, p, options["needs"], (dtype, dtype)
+        )
+
+
+def embeddings(M: int, R: int, weight):
+    """dept_embedding and its sums over the batch, by order and by position, and lora_embedding."""
+    import torch
+    from fused_lora.triton_kernels.embedding import embedding, sum_segments
+
+    def new(*shape, dtype=weight.dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    ids, a, b, prompt = new(8, M // 8, dtype=torch.int64), new(256, R), new(R, K), new(16, K)
+    y = embedding(ids, weight, a, b, scale=2.0, prompt=prompt)
+    embedding(ids, weight, a, b, scale=2.0, prompt=prompt, positions=ids)
+    tokens = ids.view(1, M)
+    embedding(tokens, weight, new(R, N).t(), new(K, R).t(), scale=2.0, positions=tokens)
+    sums = new(16 + M // 8, K, dtype=torch.float32)
+    sum_segments(y, sums)
+    sum_segments(sums[None], new(256, K, dtype=torch.float32), ids[0])
+    sum_segments(y[:, 16:], new(N, K), ids)
+    sum_segments(new(1, M, R), new(R, N).t(), tokens)
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 BUILD = ROOT / "build" / "emulated"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
@@ -38,8 +39,9 @@ def why_not() -> str | None:
     return None
 
 
-def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
-    """The library, made once for each content of the sources."""
+def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = "") -> Path:
+    """The library, made once for each content of the sources; of the file csrc/<stem>.cu and what
+    it includes from the folder `other`, where that is given."""
     torch = Path(importlib.util.find_spec("torch").origin).parent
     cuda = cuda_root()
     # As setup.py has it for the real library.
@@ -48,18 +50,21 @@ def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
     command = [
         *("g++", "-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-w", *flags),
         *("-DFUSED_LORA_EMULATE", f"-DTORCH_TARGET_VERSION={version}", "-DTORCH_STABLE_ONLY"),
-        *("-I", str(csrc), "-I", str(EMULATOR)),
-        *("-isystem", f"{torch}/include", "-isystem", f"{cuda}/include"),
+        *("-I", str(EMULATOR), "-isystem", f"{torch}/include", "-isystem", f"{cuda}/include"),
     ]
-    shared = [*sorted(csrc.glob("common/*")), *sorted(EMULATOR.glob("*.h"))]
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = {}
-    for source in sorted(csrc.glob("*.cu")):
+    for source in sorted(CSRC.glob("*.cu")):
+        if other is not None and source.stem == stem:
+            source = other / source.name
         key = hashlib.sha256(" ".join([str(torch), version, *flags]).encode())
+        shared = [*sorted(source.parent.glob("common/*")), *sorted(EMULATOR.glob("*.h"))]
         for path in (source, source.with_suffix(".cuh"), *shared):
             key.update(path.read_bytes())
         objects[source] = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    names = " ".join(o.name for o in objects.values())
+    # Of an inline function that several files define, the linker takes the first.
+    order = sorted(objects.values(), key=lambda made: not made.name.startswith(f"{stem}-"))
+    names = " ".join(made.name for made in order)
     library = BUILD / f"emulated-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
 
     def run(*arguments):
@@ -71,12 +76,13 @@ def build(csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
         missing = [(source, made) for source, made in objects.items() if not made.exists()]
         with ThreadPoolExecutor(2) as workers:
             for job in [
-                workers.submit(run, *command, "-c", source, "-o", made) for source, made in missing
+                workers.submit(run, *command, "-I", source.parent, "-c", source, "-o", made)
+                for source, made in missing
             ]:
                 job.result()
         if not library.exists():
             run(
-                *("g++", "-shared", *flags, "-o", library, *objects.values()),
+                *("g++", "-shared", *flags, "-o", library, *order),
                 *(f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
                 *(f"-L{cuda}/lib64", f"-L{cuda}/lib", "-lcudart_static", "-ldl", "-lrt"),
                 "-lpthread",

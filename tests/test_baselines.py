@@ -113,7 +113,7 @@ def test_ranks_that_differ(name, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["adapter loop", "torch", "triton"])
+@pytest.mark.parametrize("name", ["adapter loop", "torch", "triton", "cuda"])
 def test_projections_of_one_x(name, dtype, device):
     case = QkvCase(20, 72, 48, 16, R=8, G=5, dtype=dtype)
     assert case.widths() == (40, 16, 16) and case.offsets() == (0, 40, 56)
@@ -274,6 +274,7 @@ def compile_forms() -> list[dict]:
     return list(aot.KERNELS.values())
 
 
+@pytest.mark.slow
 def test_the_forms_compile_without_a_gpu():
     # What was imported under the interpreter cannot be compiled, and conftest asks for it on a CPU.
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

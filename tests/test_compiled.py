@@ -1,15 +1,13 @@
 """Every shipped configuration, compiled for the GPUs it is meant for, and its machine code.
 
-FUSED_LORA_AOT=full compiles every rank, dtype and architecture; else every row of the tables.
+FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every row of the tables.
 """
-
-import os
 
 import pytest
 from aot import ARCHITECTURES, cases, facts_of
+from conftest import EXTENT
 from fused_lora.triton_kernels import configs
 
-EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
 CASES = cases(EXTENT)
 # The operands that a kernel exists to read.
 BIG = {
@@ -23,13 +21,14 @@ BIG = {
     "multi_row_reduce_kernel": ("z",),
     "multi_gemv_shrink_kernel": ("a",),
     "multi_gemv_add_kernel": ("v",),
+    "embedding_kernel": ("w", "b"),
 }
 # wgmma and tcgen05 take TF32 only along K: an operand that lies across K is turned as it is copied,
 # element by element.
 TURNED = {("segment_gemm", "rhs"), ("segment_gemm", "v"), ("row_reduce", "z"), ("shrink", "a")}
 REGISTERS = 65536  # of a multiprocessor
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.extent]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,8 @@ def facts(tmp_path_factory):
 def tensor_core(f: dict) -> str:
     """The instruction that is meant: the family's own where a product has 64 rows, else HMMA."""
     c = f["config"]
-    rows = c["BLOCK_M"] if f["kernel"].endswith("segment_gemm_kernel") else c["BLOCK_R"]
+    lhs_m = f["kernel"].endswith(("segment_gemm_kernel", "embedding_kernel"))
+    rows = c["BLOCK_M"] if lhs_m else c["BLOCK_R"]
     own = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}[f["family"]]
     return own if rows >= 64 else "HMMA"
 
@@ -113,6 +113,7 @@ OPS = sorted(configs.table())
 FAMILIES = {configs.family(sm): sm for sm in ARCHITECTURES["default"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", configs.MAX_BLOCK_R)

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def quick(folder, *python):
     command = [sys.executable, *(python or ["demo.py"]), "--quick", "--device", "cpu"]
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    env = {**os.environ, "TRITON_INTERPRET": "0", "FUSED_LORA_EMULATED": ""}
     return subprocess.run(
         [*command, "--out", folder], cwd=EXAMPLES, env=env, capture_output=True, text=True
     )
@@ -44,6 +44,7 @@ def test_demo(tmp_path):
         assert name in run.stdout
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_is_an_error(tmp_path):
     """The fused layers get twice their scale; the curves part, and the demo says so."""
     code = (

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import fused_lora as fl
+from fused_lora import _extension
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -20,8 +21,26 @@ def test_quickstart():
     assert all(layer.merged for layer in model.modules() if isinstance(layer, fl.nn.LoRALinear))
 
 
+def test_sora():
+    code = re.search(r"## SoRA.*?```python\n(.*?)```", README, re.DOTALL).group(1)
+    model, data = (
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)),
+        torch.ones(2, 8),
+    )
+
+    def train(model, optimizer):
+        model(data).square().mean().backward()
+        optimizer.step()
+
+    names = {"torch": torch, "fl": fl, "model": model, "train": train, "step": 0}
+    exec(compile(code, "README.md", "exec"), names | {"evaluate": lambda model: 0.0})
+    assert {type(layer) for layer in model} == {fl.nn.LoRALinear}
+
+
 def test_what_the_readme_says_of_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("FUSED_LORA_EMULATED", raising=False)
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
     said = ast.literal_eval(
         re.search(r">>> fl\.why.*?\n(\{.*?\})\n```", README, re.DOTALL).group(1)
     )

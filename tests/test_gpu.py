@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
+from cases import CUDA_REFUSES, backends
 from conftest import DEVICE
 
 import fused_lora as fl
 from fused_lora.testing import assert_accurate, guarded
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -45,7 +45,10 @@ def test_250_repeats_are_one(backend, dtype, p):
 )
 @pytest.mark.parametrize("R", [8, 16, 128])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_model_sizes(M, N, K, R, p, dtype):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_model_sizes(M, N, K, R, p, dtype, backend):
+    if backend == "cuda" and CUDA_REFUSES:
+        pytest.skip(CUDA_REFUSES)
     tensors = layer(M, K, N, R, dtype)
     dy = guarded((M, N), dtype=dtype, device=DEVICE)
 
@@ -53,7 +56,7 @@ def test_model_sizes(M, N, K, R, p, dtype):
         return step(inputs[:6], inputs[6], fl.reference.lora_linear, dropout_p=p, seed=3)
 
     names = ("y", "dx", "dw", "da", "db", "dbias", "dg")
-    ours = step(tensors, dy, dropout_p=p, seed=3, backend="triton")
+    ours = step(tensors, dy, dropout_p=p, seed=3, backend=backend)
     assert_accurate(names, ours, plain, (*tensors, dy))
 
 
@@ -106,6 +109,47 @@ def test_graph_replays_equal_eager(backend, p):
             seed.fill_(i)
         graph.replay()
         assert all(torch.equal(u, v) for u, v in zip(captured, run(), strict=True))
+
+
+def decoder(M=16, K=4096, N=4096, R=16, G=8):
+    """A call that decodes M rows, each with its own adapter, and one with the adapter of all."""
+    x, weight, a, b, *_ = (t.detach() for t in layer(M, K, N, R))
+    bank = fl.AdapterBank(K, N, G, R, dtype=x.dtype, device=DEVICE)
+    for j in range(G):
+        bank.add(f"adapter {j}", a * (j + 1) / K, b, scale=0.5)
+    routing = fl.AdapterRouting(torch.arange(M, device=DEVICE) % (G + 1) - 1, G)
+
+    def call(backend):
+        one = fl.lora_linear(x, weight, a, b, scale=0.5, backend=backend)
+        return one, fl.multi_lora_linear(x, weight, bank, routing, backend=backend)
+
+    return x, call
+
+
+@backends
+@pytest.mark.parametrize("M", [1, 16, 64])
+@torch.no_grad()
+def test_decoding_is_repeatable_and_captured(backend, M):
+    """Also on two streams at once, whose counters must not be the same."""
+    x, call = decoder(M)
+    first = call(backend)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(125):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(call(backend))
+        torch.cuda.synchronize()
+        for again in found:
+            assert all(torch.equal(u, v) for u, v in zip(again, first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(backend)
+    for _ in range(100):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert all(torch.equal(u, v) for u, v in zip(captured, call(backend), strict=True))
 
 
 def test_captured_dropout_draws_a_new_mask_at_every_replay():

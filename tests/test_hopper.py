@@ -1,10 +1,9 @@
 """segment_gemm for compute capability 9.0: its machine code, and the kernel run by gluon_cpu.py.
 
-FUSED_LORA_AOT=full compiles every form with every row and dtype.
+FUSED_LORA_EXTENT=full compiles every form with every row and dtype, and draws more schedules.
 """
 
 import functools
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import torch
 from aot import facts_of
 from aot_hopper import FORMS, SHRINK, cases
 from cases import fuzz
-from conftest import DEVICE
+from conftest import DEVICE, EXTENT
 from fused_lora.bench import hopper
-from fused_lora.triton_kernels import configs
+from fused_lora.triton_kernels import configs, routes
 from gluon_cpu import Emulated, install
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +26,6 @@ from fused_lora.tune import Case
 
 BENCH = Path(__file__).parents[1] / "bench"
 
-EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
 CASES = cases(EXTENT)
 ROWS = configs.table("hopper")["segment_gemm"]
 # TMA loads and stores, wgmma, barriers in shared memory, registers handed over, y by 16-byte rows.
@@ -36,6 +34,8 @@ MEANT = {"UTMALDG", "UTMASTG", "HGMMA", "SYNCS", "USETMAXREG", "STSM"}
 
 @pytest.fixture(scope="session")
 def facts(tmp_path_factory):
+    if (why := routes.version_refuses()) is not None:
+        pytest.skip(why)
     return facts_of("aot_hopper.py", EXTENT, tmp_path_factory.getbasetemp())
 
 
@@ -74,6 +74,7 @@ def problems(f: dict, form: dict):
             yield f"a step moves operands by itself: {memory}"
 
 
+@pytest.mark.extent
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_machine_code(case, facts):
@@ -201,7 +202,7 @@ def check(segment_gemm, segments, *, bias=None, masked=0, **arguments):
     masked=st.integers(0, 6),
     seed=st.integers(0, 2**32),
 )
-@fuzz(50)
+@fuzz(100)
 def test_any_schedule_gives_the_sum(
     M, N, Ks, stages, multiprocessors, group_m, turned, bias, early, masked, seed
 ):
@@ -238,6 +239,17 @@ def test_a_single_row_of_any_stride():
     """Of one row the distance to the next means nothing."""
     x = torch.randn(40, dtype=torch.float16).as_strided((1, 40), (3, 1))
     check(Emulated().segment_gemm, [(x, operand(16, 40))], config=small())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("R", [1, 4, 12])
+def test_an_adapter_that_tma_cannot_read_is_copied(R, turned):
+    """Then nothing is early: the kernel launched last is the copy."""
+    (base,) = operands(33, 72, (300,), turned)
+    for b in (half(72, R), half(R, 72).t(), half(72, 3 * R)[:, ::3]):
+        emulated = Emulated()
+        check(emulated.segment_gemm, [base, (half(33, R), b)], config=small(), early=1)
+        assert not emulated.overlap
 
 
 # A piece of the kernel, and a fault in its place.
@@ -348,20 +360,18 @@ REFUSED = {
     "y has rows 12 elements apart, and TMA needs a multiple of 16 bytes": lambda: [
         (half(8, 8), half(12, 8))
     ],
-    "the right operands do not all lie along the same dimension": lambda: [
-        (half(8, 16), half(8, 16)),
-        (half(8, 8), half(8, 8).t()),
-    ],
-    "the left operand of segment 1 has rows 4 elements apart, and TMA needs a multiple of 16 bytes":
-    lambda: [(half(8, 8), half(8, 8)), (half(8, 4), half(8, 4))],
-    "the right operand of segment 0 has strides (3, 24), and TMA needs elements side by side":
-    lambda: [(half(8, 8), half(8, 24)[:, ::3])],
+    "the right operand of segment 1 has strides (1, 8), and TMA needs elements side by side":
+    lambda: [(half(8, 272), half(8, 272)), (half(8, 264), half(264, 8).t())],
+    "the left operand of segment 1 has rows 260 elements apart, and TMA needs a multiple of 16 "
+    "bytes": lambda: [(half(8, 272), half(8, 272)), (half(8, 260), half(8, 260))],
+    "the right operand of segment 0 has strides (3, 792), and TMA needs elements side by side":
+    lambda: [(half(8, 264), half(8, 792)[:, ::3])],
     "the left operand of segment 0 has strides (1, 8), and TMA needs elements side by side":
-    lambda: [(half(8, 8).t(), half(8, 8))],
+    lambda: [(half(264, 8).t(), half(8, 264))],
     "the left operand of segment 0 has rows 0 elements apart, and TMA needs a multiple of 16 bytes":
-    lambda: [(half(1, 8).expand(8, 8), half(8, 8))],
+    lambda: [(half(1, 264).expand(8, 264), half(8, 264))],
     "the left operand of segment 0 does not begin at a multiple of 16 bytes, which TMA needs":
-    lambda: [(misaligned(8, 8), half(8, 8))],
+    lambda: [(misaligned(8, 264), half(8, 264))],
 }  # fmt: skip
 
 
@@ -388,19 +398,27 @@ def test_no_more_segments_are_early_than_may_be(early):
     assert str(raised.value) == f"early must be at least 0 and less than 2, got {early}"
 
 
-def test_the_ops_on_the_route_to_the_kernel(tmp_path, monkeypatch):
-    """lora_linear with all its gradients, where a table names this kernel for everything."""
-    emulated = install(monkeypatch)
+@pytest.fixture
+def launches(monkeypatch):
+    """(segments, whether it begins early) of each launch, where a table has this kernel for all."""
+    emulated, found = install(monkeypatch), []
     monkeypatch.setenv("FUSED_LORA_TUNING", str(BENCH / "gluon.json"))
+    launch = emulated.module.launch
+
+    def recorded(*args, overlap, **meta):
+        found.append((len(meta["TAILS"]), overlap))
+        launch(*args, overlap=overlap, **meta)
+
+    monkeypatch.setattr(emulated.module, "launch", recorded)
     for cache in (configs.routes, configs.route):
         cache.cache_clear()
-    launches = []
-    launch = emulated.module.launch
-    monkeypatch.setattr(
-        emulated.module,
-        "launch",
-        lambda *args, **meta: (launches.append(meta["overlap"]), launch(*args, **meta)),
-    )
+    yield found
+    for cache in (configs.routes, configs.route):
+        cache.cache_clear()
+
+
+def test_lora_linear_on_the_route_to_the_kernel(launches):
+    """The output and all gradients."""
     x, w, a, b = (half(*shape) for shape in ((40, 64), (96, 64), (8, 64), (96, 8)))
     leaves = [t.requires_grad_() for t in (x, a, b)]
     dy = half(40, 96)
@@ -413,10 +431,33 @@ def test_the_ops_on_the_route_to_the_kernel(tmp_path, monkeypatch):
         ours = run(fl.lora_linear, p, dy, w, *leaves, backend="triton")
         plain = functools.partial(run, fl.reference.lora_linear, p)
         assert_accurate(("y", "dx", "da", "db"), ours, plain, [dy, w, *leaves])
-    configs.routes.cache_clear()
-    configs.route.cache_clear()
     # Forward and dx begin before the kernel that makes t or dh has ended, the masked dx does not.
-    assert launches == [True, True, True, False]
+    assert launches == [(2, True), (2, True), (2, True), (2, False)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dx_of_a_group_is_one_launch(launches, p):
+    """q, k and v, of which k has no adapter: dx is one sum of four segments."""
+    x, ws = half(40, 64), [half(n, 64) for n in (96, 32, 40)]
+    lora_as, lora_bs = [half(8, 64), None, half(16, 64)], [half(96, 8), None, half(40, 16)]
+    leaves = [t.requires_grad_() for t in (x, *lora_as, *lora_bs) if t is not None]
+    dys = [half(40, len(w)) for w in ws]
+
+    def run(op, inputs, **options):
+        x, a0, a2, b0, b2 = inputs[:5]
+        ys = op(
+            x, inputs[5:8], [a0, None, a2], [b0, None, b2], scales=[0.5, 1.0, 2.0], dropout_p=p,
+            seed=7 if p else None, **options,
+        )  # fmt: skip
+        return [*ys, *torch.autograd.grad(ys, inputs[:5], inputs[8:])]
+
+    inputs = [*leaves, *ws, *dys]
+    ours = run(fl.lora_linear_group, inputs, backend="triton")
+    names = ("q", "k", "v", "dx", "daq", "dav", "dbq", "dbv")
+    assert_accurate(
+        names, ours, lambda *inputs: run(fl.reference.lora_linear_group, inputs), inputs
+    )
+    assert launches == [(2, True), (1, False), (2, True), (4, not p)]
 
 
 def test_the_benchmark_on_a_gpu_that_is_emulated(tmp_path, monkeypatch, capsys):

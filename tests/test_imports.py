@@ -20,14 +20,14 @@ ALLOWED = {
     "cuda_kernels": {"_extension"},
     "ops": {"reference", "ops", "_extension", "cuda_kernels", "triton_kernels"},
     "nn": {"bank", "ops", "reference"},
-    "optim": {"ops", "nn"},
+    "optim": {"inject", "ops", "nn"},
     "inject": {"nn", "ops"},
     "bank": {"ops"},
-    "checkpoint": set(),
+    "checkpoint": {"inject", "nn", "optim"},
     "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
     "tune": {"ops", "testing", "triton_kernels"},
-    "cli": {"_extension", "bench", "ops", "optim", "reference", "testing", "tune"},
+    "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},
 }
 LAZY = {"triton_kernels", "cuda_kernels", "_C"}
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora as fl
+from fused_lora import _extension
 from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gate")
@@ -655,11 +656,14 @@ BAD = {
         ValueError,
         "backend must be one of cuda, triton, torch or None, got 'cudnn'",
     ),
-    "backend that has no kernel": (
-        {"backend": "cuda"},
+    "float64 in cuda": (
+        DOUBLE | {"backend": "cuda"},
         RuntimeError,
-        "backend 'cuda' cannot run: lora_linear has no CUDA C++ kernel; "
-        "use backend='triton' or 'torch'",
+        "backend 'cuda' cannot run: "
+        + (
+            _extension.why_missing()
+            or "the CUDA kernels accumulate in fp32 and take no float64; backend='torch' does"
+        ),
     ),
     "float64 in triton": (
         DOUBLE | {"backend": "triton"},

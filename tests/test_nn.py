@@ -1,4 +1,4 @@
-"""LoRALinear and SoRALinear: the layer, its life as a module, and merging."""
+"""LoRALinear, SoRALinear and AdaLoRALinear: the layer, its life as a module, and merging."""
 
 import copy
 import io
@@ -13,11 +13,12 @@ from torch.nn import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora.nn import LoRALinear, SoRALinear
+from fused_lora.nn import AdaLoRALinear, LoRALinear, SoRALinear
 from fused_lora.nn import linear as of_one_adapter
 from fused_lora.testing import assert_accurate
 
 K, N, R = 24, 18, 5
+all_three = pytest.mark.parametrize("cls", (LoRALinear, SoRALinear, AdaLoRALinear))
 both = pytest.mark.parametrize("cls", (LoRALinear, SoRALinear))
 halves = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 keep_bases = pytest.mark.parametrize("keep_base", ("none", "cpu", "device"))
@@ -66,7 +67,7 @@ def test_starts_as_the_frozen_layer_bit_for_bit(cls, init, dtype):
         assert torch.equal(layer.train(training)(x), want)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("lead", ((), (6,), (3, 2), (2, 3, 2), (0,), (2, 0)))
 def test_output_and_gradients_in_fp64(cls, bias, lead):
@@ -84,7 +85,7 @@ def test_output_and_gradients_in_fp64(cls, bias, lead):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@both
+@all_three
 @halves
 @pytest.mark.parametrize("masters", (False, True))
 def test_half_precision_with_and_without_fp32_masters(cls, dtype, masters):
@@ -107,16 +108,17 @@ def test_half_precision_with_and_without_fp32_masters(cls, dtype, masters):
     assert ours[2].dtype == ours[3].dtype == adapter
 
 
-@both
+@all_three
 def test_frozen_parameters_get_no_gradient(cls):
     layer = make(cls)
     layer(inputs(4, K, grad=True)).square().sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is None
-    assert set(trained(layer)) == {"lora_a", "lora_b"} | ({"gate"} if cls is SoRALinear else set())
+    gate = set() if cls is LoRALinear else {"gate"}
+    assert set(trained(layer)) == {"lora_a", "lora_b"} | gate
     assert all(p.grad.any() for p in trained(layer).values())
 
 
-@both
+@all_three
 def test_from_linear_shares_the_parameters_and_keeps_the_mode(cls):
     linear = Linear(K, N, device=DEVICE).eval()
     weight, bias = linear.weight, linear.bias
@@ -129,9 +131,9 @@ def test_from_linear_shares_the_parameters_and_keeps_the_mode(cls):
     assert cls.from_linear(Linear(K, N)).training
 
 
-@both
+@all_three
 def test_constructor_is_that_of_linear(cls):
-    layer = cls(K, N, False, DEVICE, torch.bfloat16, r=3, init="gaussian")
+    layer = cls(K, N, False, DEVICE, torch.bfloat16, r=3, init=False)
     assert layer.bias is None and layer.weight.dtype == layer.lora_b.dtype == torch.bfloat16
     assert not layer.weight.requires_grad
     torch.manual_seed(3)
@@ -140,7 +142,7 @@ def test_constructor_is_that_of_linear(cls):
     assert torch.equal(cls(K, N).weight, plain.weight)
 
 
-@both
+@all_three
 def test_meta_device(cls):
     layer = cls.from_linear(Linear(K, N, device="meta", dtype=torch.bfloat16))
     assert {p.device.type for p in layer.parameters()} == {"meta"}
@@ -299,10 +301,10 @@ def test_only_plain_linears_are_taken(words):
 # The life of a module
 
 
-@both
+@all_three
 def test_state_dict_keys_and_round_trip(cls):
     layer, other = make(cls), make(cls)
-    keys = ["weight", "bias", "lora_a", "lora_b"] + (["gate"] if cls is SoRALinear else [])
+    keys = ["weight", "bias", "lora_a", "lora_b"] + ([] if cls is LoRALinear else ["gate"])
     assert list(layer.state_dict()) == keys
     other.load_state_dict(layer.state_dict())
     x = inputs(3, K)
@@ -342,7 +344,7 @@ def test_state_dict_of_a_merged_layer(keep_base):
     make().load_state_dict(layer.state_dict())
 
 
-@both
+@all_three
 @keep_bases
 @pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
 def test_deepcopy_and_pickle_of_a_merged_layer(cls, keep_base, duplicate):
@@ -390,7 +392,7 @@ def test_a_kept_base_follows_the_weight(keep_base):
     assert torch.equal(layer.weight, want)
 
 
-@both
+@all_three
 def test_activation_checkpointing_with_dropout(cls):
     layer, x = make(cls, lora_dropout=0.4), inputs(16, K, grad=True)
     results = []
@@ -402,7 +404,7 @@ def test_activation_checkpointing_with_dropout(cls):
         assert torch.equal(got, want)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("p", (0.0, 0.3))
 def test_compiles_without_a_graph_break(cls, p):
     torch.compiler.reset()
@@ -432,7 +434,7 @@ def half_ulp(t):
     return torch.finfo(t.dtype).eps / 2 * t.detach().cpu().double().abs()
 
 
-@both
+@all_three
 @keep_bases
 @pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str
@@ -541,7 +543,7 @@ def test_merging_inside_a_step_is_found_by_autograd():
         y.sum().backward()
 
 
-@both
+@all_three
 def test_wrong_states_raise_and_change_nothing(cls):
     layer = make(cls)
     weight = layer.weight.clone()
@@ -566,7 +568,7 @@ def adapter(r, dtype=torch.float32, n=N, k=K):
     return inputs(r, k, dtype=dtype), inputs(n, r, dtype=dtype)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("rank", (R, R + 3, 1))
 def test_swap_takes_the_other_adapter(cls, rank):
     layer, x = make(cls, lora_alpha=10), inputs(6, K)
@@ -597,7 +599,7 @@ def test_swap_of_a_gate():
         make().swap(lora_a, lora_b, gate=gate)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("rank", (R, R + 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @keep_bases

@@ -2,26 +2,28 @@
 
 import functools
 import json
+import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 import triton
 import triton.language as tl
+from cases import CUDA_REFUSES, backends, kernels
 from conftest import DEVICE
 from fused_lora.triton_kernels import row_reduce as row_reduce_module
 from fused_lora.triton_kernels import segment_gemm as segment_gemm_module
 from fused_lora.triton_kernels import shrink as shrink_module
 from fused_lora.triton_kernels.dropout import dropout_bits, keep_bits
-from fused_lora.triton_kernels.row_reduce import row_reduce_dy, row_reduce_x
-from fused_lora.triton_kernels.segment_gemm import segment_gemm
 from fused_lora.triton_kernels.shrink import shrink
 
 import fused_lora as fl
 from fused_lora import reference
+from fused_lora.ops import dispatch
 
-FAR = json.loads((Path(__file__).parent / "vectors" / "philox.json").read_text())["far"]
-backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+ROOT = Path(__file__).parent.parent
+FAR = json.loads((ROOT / "tests" / "vectors" / "philox.json").read_text())["far"]
 
 
 @pytest.fixture
@@ -44,24 +46,35 @@ def far(tmp_path):
     return place
 
 
+@kernels
 @pytest.mark.parametrize("dim", [0, 1])
-def test_offsets_past_2_31_elements(far, dim):
+def test_offsets_past_2_31_elements(far, dim, kernels):
     """Each operand in turn, along rows or columns; the results are those of a compact copy."""
+    of = dispatch.kernels(kernels)
     size = [7, 7]
     size[dim] = 4
     t, others = torch.randn(size).half(), torch.randn(16, 16).half()
     mine = far(t, dim)
     left, right = others[:5, : size[1]], others[: size[0], :3]
-    for fn in (
-        lambda t: shrink(t, left)[0],
-        lambda t: shrink(left, t)[0],
-        lambda t: segment_gemm([(t, left)]),
-        lambda t: segment_gemm([(left, t)]),
-        lambda t: row_reduce_x(t, right),
-        lambda t: row_reduce_x(right, t),
-        lambda t: torch.cat(row_reduce_dy(t, others[: size[1], :3], right, scale=1.0)[:2]),
-        lambda t: row_reduce_dy(left, t.t(), others[:5, : size[0]], scale=1.0)[0],
-    ):
+    wide, b = others[:9, : size[1]], others[:9, :3]
+    forms = [
+        lambda t: of.shrink(t, left)[0],
+        lambda t: of.shrink(left, t)[0],
+        lambda t: of.segment_gemm([(t, left)]),
+        lambda t: of.segment_gemm([(left, t)]),
+        lambda t: of.row_reduce_x(t, right),
+        lambda t: of.row_reduce_x(right, t),
+        lambda t: torch.cat(of.row_reduce_dy(t, others[: size[1], :3], right, scale=1.0)[:2]),
+        lambda t: of.row_reduce_dy(left, t.t(), others[:5, : size[0]], scale=1.0)[0],
+    ]
+    if kernels == "cuda":
+        forms += [
+            lambda t: of.decode(t, wide, left[:3], b),
+            lambda t: of.decode(left, t, left[:3], others[: size[0], :3]),
+            lambda t: of.decode(left, wide, t, others[:9, : size[0]]),
+            lambda t: of.decode(others[:5, :6], others[: size[0], :6], others[: size[1], :6], t),
+        ]
+    for fn in forms:
         assert torch.equal(fn(mine), fn(t))
 
 
@@ -108,6 +121,31 @@ def test_kernel_counters_are_64_bits(case):
         assert bits.item() >> k % 8 & 1 == kept
 
 
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_counters_of_the_cuda_kernels_are_64_bits(tmp_path):
+    program = tmp_path / "far.cpp"
+    calls = [(c["seed"], c["m"] * (c["K"] // 8) + c["k"] // 8, c["lane"]) for c in FAR]
+    lines = [
+        f'std::printf("%u\\n", keep_bits(uint64_t({seed}LL), {counter}ULL, {lane + above}));'
+        for seed, counter, lane in calls
+        for above in (0, 1)
+    ]
+    program.write_text(
+        '#include <cstdio>\n#include "common/philox.cuh"\nusing fused_lora::keep_bits;\n'
+        f"int main() {{ {' '.join(lines)} }}\n"
+    )
+    includes = (f"{ROOT}/csrc", f"{ROOT}/tests/emulator", f"{emulated.cuda_root()}/include")
+    subprocess.run(
+        ["g++", "-std=c++17", "-w", "-DFUSED_LORA_EMULATE", *(f"-I{i}" for i in includes),
+         program, "-o", tmp_path / "far"],
+        check=True,
+    )  # fmt: skip
+    found = subprocess.run([tmp_path / "far"], capture_output=True, text=True, check=True)
+    bits = [int(line) for line in found.stdout.split()]
+    kept = [bits[2 * i + above] >> c["k"] % 8 & 1 for i, c in enumerate(FAR) for above in (0, 1)]
+    assert kept == [1, 0] * len(FAR)
+
+
 @backends
 def test_an_infinity_that_is_dropped_stays_out_of_h(backend):
     x, weight = torch.randn(64, 64, device=DEVICE), torch.randn(9, 64, device=DEVICE)
@@ -133,9 +171,34 @@ def test_master_gradients_are_not_rounded_to_16_bits():
             assert not torch.equal(grad, grad.half().float())
 
 
+class Launches(list):
+    """The operations of the CUDA extension, by name as they are called."""
+
+    def __getattr__(self, name):
+        self.append(name)
+        return getattr(torch.ops.fused_lora, name)
+
+
+OF_FORWARD = {
+    "torch": [],
+    "triton": ["shrink_kernel", "segment_gemm_kernel"],
+    "cuda": ["shrink_cuda", "segment_gemm_cuda"],
+}
+OF_BACKWARD = {
+    "torch": [],
+    "triton": ["row_reduce_kernel", "row_reduce_kernel", "segment_gemm_kernel"],
+    "cuda": [
+        *("row_reduce_cuda", "sum_rows_cuda", "sum_columns_cuda"),
+        *("row_reduce_cuda", "sum_columns_cuda", "segment_gemm_cuda"),
+    ],
+}
+
+
 @backends
 def test_the_kernels_of_the_backend_that_was_asked_for(backend, monkeypatch):
-    launched = []
+    launched = Launches()
+    if CUDA_REFUSES is None:
+        monkeypatch.setattr(dispatch.kernels("cuda"), "_ops", launched)
     for module in (shrink_module, segment_gemm_module, row_reduce_module):
 
         def launch(kernel, *args, launch=module.launch, **meta):
@@ -148,8 +211,6 @@ def test_the_kernels_of_the_backend_that_was_asked_for(backend, monkeypatch):
     )
     grad = functools.partial(torch.autograd.grad, inputs=(x, a, b))
     y = fl.lora_linear(x, weight, a, b, scale=1.0, backend=backend)
-    forward = ["shrink_kernel", "segment_gemm_kernel"]
-    assert launched == (forward if backend == "triton" else [])
+    assert launched == OF_FORWARD[backend]
     grad(y, grad_outputs=torch.ones_like(y))
-    backward = ["row_reduce_kernel", "row_reduce_kernel", "segment_gemm_kernel"]
-    assert launched == (forward + backward if backend == "triton" else [])
+    assert launched == OF_FORWARD[backend] + OF_BACKWARD[backend]

@@ -31,6 +31,15 @@ def closed_form(gate: torch.Tensor, xi: float) -> torch.Tensor:
     return out.to(gate.dtype)
 
 
+def published(gate: torch.Tensor, xi: float) -> torch.Tensor:
+    """The three masks of the published code, one after the other, in at least fp32."""
+    p = gate.detach().to(torch.promote_types(gate.dtype, torch.float32), copy=True)
+    p[p > xi] -= xi
+    p[p < -xi] += xi
+    p[p.abs() < xi] = 0.0
+    return p.to(gate.dtype)
+
+
 def same(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
@@ -66,6 +75,40 @@ def test_minimises_the_penalised_distance(device, backend):
     cost = 0.3 * grid.abs() + 0.5 * (grid - v[:, None]) ** 2
     got = soft_threshold_(v.clone(), 0.3, backend=backend)
     assert (got - grid[cost.argmin(1)]).abs().max() <= 2 / 4000
+
+
+@pytest.mark.parametrize("xi", [0.3, 1e-3])
+def test_a_hundred_thousand_values_against_fp64(xi, device, backend):
+    """Within a rounding of the minimiser sign(v) max(|v| - xi, 0) in fp64, and zero where it is."""
+    v = torch.randn(100_000, device=device)
+    v[::7] *= xi  # many near the edges
+    edge = torch.tensor(xi).double().item()  # as the gates have it: in fp32
+    want = v.double().sign() * (v.double().abs() - edge).clamp(min=0)
+    got = soft_threshold_(v.clone(), xi, backend=backend).double()
+    assert ((got - want).abs() <= torch.finfo(torch.float32).eps / 2 * want.abs()).all()
+    assert torch.equal(got == 0, want == 0) and 100 < (got == 0).sum() < 99_900
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("xi", [0.0, 0.1, 0.5, 1e-8, 7.0])
+def test_official_compat_is_the_published_code(dtype, xi, device, backend):
+    gates = [torch.randn(n, device=device).to(dtype) for n in (*SIZES, 100_000)]
+    want = [published(g, xi) for g in gates]
+    soft_threshold_(gates, xi, official_compat=True, backend=backend)
+    for got, expected in zip(gates, want, strict=True):
+        same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edges_of_official_compat(dtype, device, backend):
+    """Zero below 2 xi, but for |v| = xi, which stays; NaN and infinities stay."""
+    xi, eps, inf, nan = 0.25, torch.finfo(dtype).eps / 4, math.inf, math.nan
+    v = [xi, -xi, xi + eps, xi - eps, -xi - eps, 0.0, -0.0, 2 * xi, 2 * xi - eps, -2 * xi]
+    want = [xi, -xi, 0, 0, 0, 0, 0, xi, 0, -xi]
+    v, want = (torch.tensor([*t, inf, -inf, nan], dtype=dtype) for t in (v, want))
+    same(published(v, xi), want)
+    got = soft_threshold_(v.to(device), xi, official_compat=True, backend=backend)
+    same(got, want.to(device))
 
 
 def test_mixed_dtypes_shapes_and_strides(device, backend):
@@ -123,14 +166,17 @@ def test_meta_tensors():
 def test_opcheck(device):
     op = torch.ops.fused_lora.soft_threshold_.default
     for sizes in ((4,), (3, 0, 5)):
-        torch.library.opcheck(op, ([torch.randn(n, device=device) for n in sizes], 0.3, "torch"))
+        gates = [torch.randn(n, device=device) for n in sizes]
+        torch.library.opcheck(op, (gates, 0.3, False, "torch"))
     halves = [torch.randn(6, device=device).to(dtype) for dtype in DTYPES]
-    torch.library.opcheck(op, (halves, 0.3, "torch"))
+    for official_compat in (False, True):
+        torch.library.opcheck(op, (halves, 0.3, official_compat, "torch"))
 
 
-def test_compiles_whole(device):
+@pytest.mark.parametrize("official_compat", [False, True])
+def test_compiles_whole(official_compat, device):
     def step(gates, x, xi):
-        soft_threshold_(gates, xi)
+        soft_threshold_(gates, xi, official_compat=official_compat)
         return sum((g * x[: g.numel()]).sum() for g in gates)
 
     torch.compiler.reset()
@@ -139,7 +185,7 @@ def test_compiles_whole(device):
         gates = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (5, 8)]
         gates.append(torch.randn(10, 4, device=device)[:, 1])
         x = torch.randn(10, device=device)
-        want = [closed_form(g, xi) for g in gates]
+        want = [(published if official_compat else closed_form)(g, xi) for g in gates]
         out = compiled(gates, x, xi)
         for got, expected in zip(gates, want, strict=True):
             same(got.detach(), expected)
@@ -201,6 +247,14 @@ def test_bad_xi_writes_nothing(xi, error, message):
     with pytest.raises(error) as raised:
         soft_threshold_(gate, xi)
     assert str(raised.value) == message
+    same(gate, torch.ones(4))
+
+
+def test_bad_official_compat_writes_nothing():
+    gate = torch.ones(4)
+    with pytest.raises(TypeError) as raised:
+        soft_threshold_(gate, 0.5, official_compat=1)
+    assert str(raised.value) == "soft_threshold_: official_compat must be a bool, got int"
     same(gate, torch.ones(4))
 
 

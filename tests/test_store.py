@@ -227,7 +227,7 @@ def test_a_model_without_a_layer_for_it_is_unchanged():
     with pytest.raises(ValueError, match="matches no module"):
         fl.AdapterStore(model, 2, 8, target_modules=["q_proj"])
     model = torch.nn.Sequential(LoRALinear(K, N))
-    with pytest.raises(TypeError, match=r"target module '0' is a fused_lora\.nn\.LoRALinear"):
+    with pytest.raises(TypeError, match=r"module '0' is a fused_lora\.nn\.linear\.LoRALinear"):
         fl.AdapterStore(model, 2, 8, target_modules=["0"])
     assert type(model[0]) is LoRALinear
 

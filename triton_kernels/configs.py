@@ -165,6 +165,16 @@ def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool
     return row | {"BLOCK_R": block_r, "ROWS": steps * row["BLOCK_M"]}
 
 
+def embedding(N: int, T: int, D: int, R: int, dtype: torch.dtype, sm: int) -> dict:
+    """N sequences of T rows are split into SEQUENCES until there are BLOCKS_WANTED blocks: those of
+    a block share one product A B."""
+    row = choose("embedding", kind(dtype), sm, (("R", R),))
+    blocks = triton.cdiv(T, row["BLOCK_M"]) * triton.cdiv(D, row["BLOCK_D"])
+    split = max(1, BLOCKS_WANTED // max(1, blocks))
+    # A wider step of ranks spills beside the sum and the row that it is added to.
+    return row | {"BLOCK_R": block_of(R, 64), "SEQUENCES": max(1, triton.cdiv(N, split))}
+
+
 def row_by_row(M: int, G: int) -> bool:
     """Whether M rows of G adapters at most are multiplied each alone (multi_gemv) or in tiles.
 
@@ -255,12 +265,16 @@ def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
         "row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
         "multi_row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
         "row_reduce_u": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
+        "embedding": ("BLOCK_M", "BLOCK_D", "BLOCK_R"),
     }[op]
     operands = (c[lhs] + c[rhs]) * c[step]
     # mma reads its operands into registers and frees their buffer; the others read from the buffer.
     buffers = c["num_stages"] - (family(sm) == "mma")
     if op == "segment_gemm":
         elements = max(buffers * operands, c[lhs] * c[rhs])  # or y, on its way out
+    elif op == "embedding":
+        # Or the product in fp32, on its way to where the word embeddings are.
+        elements = max((buffers + 1) * operands, c[lhs] * c[rhs] * (2 if kind == "half" else 1))
     else:
         elements = (buffers + 1) * operands  # a masked or a transposed operand
     return elements * (2 if kind == "half" else 4) + BARRIERS

@@ -1,7 +1,8 @@
-"""y = bias + sum_i L_i R_i^T, every segment into one fp32 accumulator, rounded once.
+"""y = base + bias + sum_i L_i R_i^T, every segment into one fp32 accumulator, rounded once.
 
     forward   (x, W0), (t, B)            dx   (dy, W0^T), (dh, A^T)
     masked dx (dh, A^T), D ⊙ ., (dy, W0^T)    with D = keep * keep_scale, on the output side
+    onto a base that was made elsewhere   base + (t, B)
 
 A segment is a pair L [M, K_i], R [N, K_i] of any strides: W0^T is W0 read as it lies.
 """
@@ -62,9 +63,11 @@ def segment_gemm_kernel(
     rhs_ptrs,  # a tuple: [N, K_i] each
     bias_ptr,  # [N] or None
     bits_ptr,  # uint8 [M, ceil(N / 8)] or None
+    base_ptr,  # [M, N] or None
     y_ptr,  # [M, N], contiguous
     strides_lhs,
     strides_rhs,
+    stride_base,
     M,
     N,
     Ks,
@@ -112,20 +115,25 @@ def segment_gemm_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if base_ptr is not None:
+        base = base_ptr + offs_m[:, None] * stride_base[0] + offs_n[None, :] * stride_base[1]
+        acc += tl.load(base, mask=mask, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def segment_gemm(segments, *, bias=None, mask=None, config=None):
-    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
+def segment_gemm(segments, *, base=None, bias=None, mask=None, config=None):
+    """y [M, N] = base + bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in order.
 
     mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
-    accumulator is multiplied by keep * keep_scale.
+    accumulator is multiplied by keep * keep_scale. base [M, N], of any strides, is not written.
     """
     lhs, rhs = zip(*segments, strict=True)
     M, N = lhs[0].shape[0], rhs[0].shape[0]
     x = lhs[0]
-    c = dict(config or configs.segment_gemm(M, N, x.dtype, configs.capability(x.device)))
+    choose = configs.segment_gemm if base is None else configs.segment_add
+    c = dict(config or choose(M, N, x.dtype, configs.capability(x.device)))
     block_k = c.pop("BLOCK_K")
     bits, keep_scale, masked = mask or (None, 1.0, 0)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -138,9 +146,11 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None):
             rhs,
             bias,
             bits,
+            base,
             y,
             tuple(exact(t.stride()) for t in lhs),
             tuple(exact(t.stride()) for t in rhs),
+            None if base is None else base.stride(),
             M,
             N,
             tuple(t.shape[1] for t in lhs),

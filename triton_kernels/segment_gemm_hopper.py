@@ -17,6 +17,7 @@ mask. A rank is one more step, of which 16, 32 or all 64 columns are multiplied.
 """
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -39,6 +40,8 @@ from .segment_gemm import swizzle2d
 
 # Triton launches no tuple of descriptors: the kernel has an argument for each operand of so many.
 MAX_SEGMENTS = 6
+# Segments of so many columns, adapters, are copied where TMA cannot read them as they lie.
+NARROW = 256
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMERS = gl.constexpr(2)
 # Three warpgroups (the producer's has one warp at work) share 504 registers a thread.
@@ -264,9 +267,11 @@ def segment_gemm_hopper_kernel(
     )
 
 
-def _turned(rhs: torch.Tensor) -> bool:
-    """Whether R [N, K] lies along N."""
-    return rhs.stride(1) != 1
+def _operands(segments) -> tuple[bool, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """(whether R of the widest segment lies along N, all (L, R), or (L, R^T) if it does)."""
+    _, widest = max(segments, key=lambda pair: pair[0].shape[1])
+    turned = widest.stride(1) != 1
+    return turned, [(lhs, rhs.t() if turned else rhs) for lhs, rhs in segments]
 
 
 def _tail(K: int, block_k: int) -> int:
@@ -283,6 +288,13 @@ def _misplaced(name: str, t: torch.Tensor) -> str | None:
     if t.data_ptr() % 16:
         return f"{name} does not begin at a multiple of 16 bytes, which TMA needs"
     return None
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it in rows that TMA can read."""
+    if _misplaced("t", t) is None:
+        return t
+    return t.new_empty(t.shape[0], 8 * triton.cdiv(t.shape[1], 8))[:, : t.shape[1]].copy_(t)
 
 
 def refuses(segments, *, mask=None) -> str | None:
@@ -303,11 +315,10 @@ def refuses(segments, *, mask=None) -> str | None:
         return f"y has rows {N} elements apart, and TMA needs a multiple of 16 bytes"
     if mask is not None and N % 32:
         return f"the mask of {N} columns is not made of whole 32-bit words"
-    if len({_turned(t) for t in rhs}) > 1:
-        return "the right operands do not all lie along the same dimension"
-    for i, (left, right) in enumerate(segments):
-        for side, t in ("left", left), ("right", right.t() if _turned(right) else right):
-            if (why := _misplaced(f"the {side} operand of segment {i}", t)) is not None:
+    for i, (left, right) in enumerate(_operands(segments)[1]):
+        for side, t in ("left", left), ("right", right):
+            why = _misplaced(f"the {side} operand of segment {i}", t)
+            if why is not None and left.shape[1] > NARROW:
                 return why
     return None
 
@@ -333,7 +344,8 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None, early=0):
     accumulator is multiplied by keep * keep_scale.
 
     The first `early` segments, and bias, are read before the kernel that was launched last has
-    ended: what they hold must have been complete before it began.
+    ended: what they hold must have been complete before it began. A narrow operand that TMA cannot
+    read, as that of a rank that is no multiple of 8, is copied first.
 
     Raises RuntimeError with the reason where the kernel cannot run (see `refuses`).
     """
@@ -346,7 +358,11 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None, early=0):
     processors = _multiprocessors(x.device)
     c = config or configs.segment_gemm_hopper(M, N, processors)
     block_m, block_n, block_k = c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"]
-    turned = _turned(rhs[0])
+    turned, placed = _operands(segments)
+    operands = [(_readable(left), _readable(right)) for left, right in placed]
+    pairs = zip(itertools.chain(*operands), itertools.chain(*placed), strict=True)
+    if any(new is not old for new, old in pairs):
+        early = 0  # the copy was launched last, and may be of an early segment
     bits, keep_scale, masked = mask or (None, 1.0, 0)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     absent = [None] * (MAX_SEGMENTS - len(segments))
@@ -354,11 +370,11 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None, early=0):
         segment_gemm_hopper_kernel,
         (min(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), processors),),
         x.device,
-        *[_descriptor(t, [block_m, block_k]) for t in lhs],
+        *[_descriptor(left, [block_m, block_k]) for left, _ in operands],
         *absent,
         *[
-            _descriptor(t.t(), [block_k, block_n]) if turned else _descriptor(t, [block_n, block_k])
-            for t in rhs
+            _descriptor(right, [block_k, block_n] if turned else [block_n, block_k])
+            for _, right in operands
         ],
         *absent,
         bias,

@@ -153,6 +153,9 @@ __host__ __device__ inline T from_float(float v) {
   }
 }
 
+// Bytes of shared memory that a block may have on sm_86 and sm_89, the least of sm_80 and later.
+constexpr int kMaxShared = 99 * 1024;
+
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fused_lora

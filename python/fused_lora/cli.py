@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPS = "lora_linear", "multi_lora_linear", "soft_threshold_"
@@ -335,6 +336,54 @@ def bench(arguments: list[str]) -> int:
     return run.main(arguments)
 
 
+def _track(shards: list[str]):
+    """A bar on stderr, where rich is installed: stdout has the report."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return shards
+    return track(shards, description="merging", console=Console(stderr=True))
+
+
+def convert(arguments: argparse.Namespace) -> dict:
+    from fused_lora.checkpoint.convert import convert_loralib, convert_peft
+
+    source, target = Path(arguments.source), Path(arguments.target)
+    if arguments.form == "loralib":
+        layers = convert_loralib(source, target, arguments.r, arguments.lora_alpha)
+    else:
+        layers = convert_peft(source, target)
+    return {"out": str(target), "layers": len(layers)}
+
+
+def merge(arguments: argparse.Namespace) -> dict:
+    from fused_lora.checkpoint.merging import merge_folder
+
+    track = iter if arguments.json else _track
+    return merge_folder(arguments.model, arguments.adapter, arguments.out, track)
+
+
+def written(arguments: argparse.Namespace) -> int:
+    """Run a command that writes a folder, and tell what it did, or why it did not."""
+    command = {"convert": convert, "merge": merge}[arguments.command]
+    start = time.perf_counter()
+    try:
+        found = command(arguments)
+    except (OSError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        # str(KeyError) is the repr of its message.
+        words = error.args[0] if isinstance(error, KeyError) else error
+        print(f"fused-lora {arguments.command}: {words}", file=sys.stderr)
+        return 1
+    found["seconds"] = round(time.perf_counter() - start, 3)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for name, value in found.items():
+        print(f"{name:9} {', '.join(value) or '-' if isinstance(value, list) else value}")
+    return 0
+
+
 def _shapes(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip()) for part in text.split(",")]
     if not all(found):
@@ -381,6 +430,22 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--rows", type=_positive, help="of x")
     check.add_argument("--backend", type=_names(("cuda", "triton", "torch")))
     check.add_argument("--json", action="store_true")
+    change = commands.add_parser(
+        "convert", help="an adapter as plain LoRA in PEFT's format: gates folded, loralib's state"
+    )
+    change.add_argument("source", help="a folder; of loralib, a safetensors file")
+    change.add_argument("target", help="the folder to write")
+    change.add_argument("--from", dest="form", choices=("peft", "loralib"), default="peft")
+    change.add_argument("--r", type=_positive, help="of loralib, whose state has no scale")
+    change.add_argument("--lora-alpha", type=float, help="of loralib, whose state has no scale")
+    change.add_argument("--json", action="store_true")
+    join = commands.add_parser(
+        "merge", help="a model's folder with an adapter merged into its safetensors"
+    )
+    join.add_argument("model", help="folder of the model, as transformers saves it")
+    join.add_argument("adapter", help="folder of the adapter, PEFT's or save_adapter's")
+    join.add_argument("out", help="the folder to write")
+    join.add_argument("--json", action="store_true")
     commands.add_parser("bench", help="measure (fused-lora bench --help)", add_help=False)
     tune = commands.add_parser(
         "tune", help="time the kernels for a model's sizes on this GPU; later calls take the best"
@@ -411,6 +476,14 @@ def main(argv: list[str] | None = None) -> int:
         from fused_lora import tune
 
         return tune.main(arguments)
+    if arguments.command == "convert":
+        scale = arguments.r, arguments.lora_alpha
+        if arguments.form == "loralib" and None in scale:
+            whole.error("--from loralib needs --r and --lora-alpha: the scale is not in the file")
+        if arguments.form == "peft" and scale != (None, None):
+            whole.error("--r and --lora-alpha are for --from loralib; PEFT's config has its own")
+    if arguments.command in ("convert", "merge"):
+        return written(arguments)
     if arguments.device == "cuda":
         import torch
 

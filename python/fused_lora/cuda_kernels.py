@@ -20,7 +20,7 @@ _library.define(
 )
 _library.define(
     "segment_gemm_cuda(Tensor[] lefts, Tensor[] rights, int gathered, Tensor[] many, "
-    "Tensor? bias, Tensor? bits, int masked, float keep_scale, Tensor(a!) y, bool add, "
+    "Tensor? bias, Tensor? base, Tensor? bits, int masked, float keep_scale, Tensor(a!) y, "
     "int block_m) -> ()"
 )
 _library.define(
@@ -158,25 +158,33 @@ def tile(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
     return 64 if M > 16 else 16
 
 
-def segment_gemm(segments, *, bias=None, mask=None, block_m=None, early=0):
-    """y [M, N] = bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in their order.
+def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None, early=0):
+    """y [M, N] = base + bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in order.
 
-    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
-    accumulator is multiplied by keep * keep_scale. early: how many of the segments were complete
-    before the kernel launched last; this one begins when that one has ended, and need not know.
+    mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n <= 8): after the first n segments
+    the accumulator is multiplied by keep * keep_scale. base [M, N], of any strides, is not written.
+
+    early: how many of the segments were complete before the kernel launched last began; this one
+    begins when that one has ended, and need not know.
+
+    A launch takes 8 segments. The segments past them are further launches, each onto the result of
+    the one before, which is rounded between them.
     """
-    lefts, rights = (list(side) for side in zip(*segments, strict=True))
-    y = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[0])
-    _start_segments(lefts, rights, -1, [], bias, mask, y, False, block_m)
+    (left, _), (_, right) = segments[0], segments[0]
+    y = left.new_empty(left.shape[0], right.shape[0])
+    for first in range(0, len(segments), MAX_SEGMENTS):
+        lefts, rights = zip(*segments[first : first + MAX_SEGMENTS], strict=True)
+        _start_segments(lefts, rights, -1, [], bias, base, mask, y, block_m)
+        base, bias, mask = y, None, None
     return y
 
 
-def _start_segments(lefts, rights, gathered, many, bias, mask, y, add, block_m):
+def _start_segments(lefts, rights, gathered, many, bias, base, mask, y, block_m):
     bits, keep_scale, masked = mask or (None, 1.0, 0)
     bias = None if bias is None else bias.contiguous()
     block_m = block_m or tile(*y.shape, y.dtype, y.device)
     _ops.segment_gemm_cuda(
-        lefts, rights, gathered, many, bias, bits, masked, keep_scale, y, add, block_m
+        lefts, rights, gathered, many, bias, base, bits, masked, keep_scale, y, block_m
     )
 
 
@@ -191,16 +199,16 @@ def multi_segment_gemm(
     y = x.new_empty(x.shape[0], weight.shape[0])
     many = _many(slots, routing)
     if mask is None:
-        _start_segments([x, t], [weight, v_slots], 1, many, bias, None, y, False, block_m)
+        _start_segments([x, t], [weight, v_slots], 1, many, bias, None, None, y, block_m)
     else:
         mask = (*mask, 1)
-        _start_segments([t, x], [v_slots, weight], 0, many, bias, mask, y, False, block_m)
+        _start_segments([t, x], [v_slots, weight], 0, many, bias, None, mask, y, block_m)
     return y
 
 
 def multi_segment_add_(y, t, v_slots, slots, routing, *, block_m=None):
     """y [M, N] += t_i V_j in place, summed in fp32 and rounded once; y of any strides."""
-    _start_segments([t], [v_slots], 0, _many(slots, routing), None, None, y, True, block_m)
+    _start_segments([t], [v_slots], 0, _many(slots, routing), None, y, None, y, block_m)
 
 
 def _start_row_reduce(z, v, w, many, dropout, bits, rows, tiles):

@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fused_lora.nn.adalora import SCALINGS, AdaLoRALinear, check_scaling
+from fused_lora.nn.adapter import (
+    ADAPTED,
+    LoRAAdapter,
+    check_adapter_dtype,
+    why_unmergeable,
+)
 from fused_lora.nn.checks import (
     check_choice,
     check_linear,
     check_number,
     check_probability,
     check_rank,
+    is_quantised,
+    kind_of,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
 
@@ -39,6 +48,8 @@ class LoRAConfig:
     modules_to_save: names of modules that are trained in full, as copies of their own (a weight
         that was tied to another stays behind); no adapter goes into them.
     gate: adapters are SoRALinear, with gates drawn as gate_init says: "normal" or "ones".
+    adalora: adapters are AdaLoRALinear, scaled as adalora_scaling says: "plain" or "peft". Then
+        init_lora_weights is True (AdaLoRA's own start) or False.
 
     Raises TypeError and ValueError that name the field.
     """
@@ -56,16 +67,19 @@ class LoRAConfig:
     modules_to_save: Sequence[str] | None = None
     gate: bool = False
     gate_init: str = "normal"
+    adalora: bool = False
+    adalora_scaling: str = "plain"
 
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         check_number("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
-        for name in ("use_rslora", "gate"):
+        for name in ("use_rslora", "gate", "adalora"):
             check_choice(name, getattr(self, name), (True, False))
         check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
         check_choice("bias", self.bias, BIASES)
         check_choice("gate_init", self.gate_init, GATE_INITS)
+        self._check_adalora()
         self.target_modules = _names_or_regex("target_modules", self.target_modules)
         if not self.target_modules:
             raise ValueError("target_modules is empty; name at least one module")
@@ -84,6 +98,17 @@ class LoRAConfig:
             for key, value in patterns.items():
                 _check_regex(f"{name} key", key)
                 check_value(f"{name}[{key!r}]", value)
+
+    def _check_adalora(self) -> None:
+        check_choice("adalora_scaling", self.adalora_scaling, SCALINGS)
+        if self.adalora:
+            check_scaling(self.adalora_scaling, self.use_rslora)
+            if self.gate:
+                raise ValueError("gate and adalora exclude each other; set one of them")
+            if self.init_lora_weights == "gaussian":
+                raise ValueError(
+                    "init_lora_weights='gaussian' is not for adalora; set True or False"
+                )
 
 
 def _check_regex(name: str, pattern) -> None:
@@ -216,37 +241,48 @@ def inject(
 ) -> torch.nn.Module:
     """Give the layers that `config` names an adapter, in place, and freeze everything else.
 
-    Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate) that shares its
-    weight and bias. A module that occurs at several places of the model is replaced once, under the
-    first of its names that matches unless any is excluded, and put at all of them. Then only
-    adapters, and what config.bias and config.modules_to_save name, require a gradient.
+    Every matching nn.Linear becomes a LoRALinear (SoRALinear with config.gate, AdaLoRALinear with
+    config.adalora) that shares its weight and bias, and every matching layer of bitsandbytes or of
+    torchao's quantisation a LoRAAdapter around it (which AdaLoRA has no form of). A module that
+    occurs at several places of the model is replaced once, under the first of its names that
+    matches unless any is excluded, and put at all of them. Then only adapters, and what config.bias
+    and config.modules_to_save name, require a gradient.
 
-    adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters.
+    adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters;
+        around a quantised layer see LoRAAdapter.
 
     Returns model, which keeps a copy of config as model.fused_lora_config. Make optimisers after
     this.
 
     Nothing is changed where one of these is raised: TypeError for a model or config of another
     kind, for a model that is itself the layer (use LoRALinear.from_linear), and for a matching
-    module that is not a plain nn.Linear, by name; ValueError where no module matches, with the
-    nearest names; RuntimeError where the model has adapters already. A name or pattern that meets
+    module that is none of these, by name; ValueError where no module matches, with the nearest
+    names; RuntimeError where the model has adapters already. A name or pattern that meets
     nothing beside others that do is a warning.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
+    if any(isinstance(m, ADAPTED) for m in model.modules()):
         raise RuntimeError("model has adapters already; inject into a model only once")
     if isinstance(model, torch.nn.Linear):
         raise TypeError(
-            "model is itself a linear layer, which cannot be replaced in place; use "
-            "LoRALinear.from_linear"
+            f"model is itself a linear layer, which cannot be replaced in place; use "
+            f"{'LoRAAdapter' if is_quantised(model) else 'LoRALinear.from_linear'}"
         )
 
     names = _names(model)
     targets = targets_of(model, config)
     for name, module in targets.items():
+        if is_quantised(module):
+            check_adapter_dtype(adapter_dtype)
+            if config.adalora:
+                raise TypeError(
+                    f"target module {name!r} is a {kind_of(module)}, quantised; adalora is for "
+                    f"plain torch.nn.Linear"
+                )
+            continue
         check_linear(f"target module {name!r}", module)
         if adapter_dtype not in (None, torch.float32, module.weight.dtype):
             raise TypeError(
@@ -274,13 +310,13 @@ def inject(
                 parameter.requires_grad_(True)
     elif config.bias == "lora_only":
         for layer in model.modules():
-            if isinstance(layer, LoRALinear) and layer.bias is not None:
+            if isinstance(layer, ADAPTED) and layer.bias is not None:
                 layer.bias.requires_grad_(True)
     model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
 
 
-def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear:
+def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:
     rank_key = _pattern_key(config.rank_pattern, name)
     alpha_key = _pattern_key(config.alpha_pattern, name)
     args = {
@@ -291,6 +327,10 @@ def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear
         "init": config.init_lora_weights,
         "adapter_dtype": adapter_dtype,
     }
+    if is_quantised(linear):
+        return LoRAAdapter(linear, gate=config.gate, gate_init=config.gate_init, **args)
+    if config.adalora:
+        return AdaLoRALinear.from_linear(linear, scaling=config.adalora_scaling, **args)
     if config.gate:
         return SoRALinear.from_linear(linear, gate_init=config.gate_init, **args)
     return LoRALinear.from_linear(linear, **args)
@@ -299,6 +339,9 @@ def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear
 def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
     """The LoRALinear modules of model, all of which must be in the state `merged`."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRAAdapter):
+            raise NotImplementedError(why_unmergeable(repr(name), module))
     if not layers:
         raise ValueError("model has no LoRALinear; inject adapters first")
     wrong = [repr(name) for name, layer in layers.items() if layer.merged is not merged]
@@ -311,9 +354,10 @@ def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
 def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     """LoRALinear.merge of every adapted layer; the model then costs what its base costs.
 
-    Raises before anything is written: ValueError where there is no LoRALinear, for another
-    keep_base, or where a weight to merge belongs to another module too, which merging would change;
-    RuntimeError where a layer is merged already.
+    Raises before anything is written: NotImplementedError where there is a LoRAAdapter, whose
+    weight is its base's own; ValueError where there is no LoRALinear, for another keep_base, or
+    where a weight to merge belongs to another module too, which merging would change; RuntimeError
+    where a layer is merged already.
     """
     check_choice("keep_base", keep_base, KEEP_BASE)
     layers = _adapted_layers(model, merged=False)
@@ -334,8 +378,8 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
 def unmerge(model: torch.nn.Module) -> None:
     """LoRALinear.unmerge of every adapted layer of model.
 
-    Raises before anything is written: ValueError where there is no LoRALinear, RuntimeError where a
-    layer is not merged.
+    Raises before anything is written: NotImplementedError where there is a LoRAAdapter, ValueError
+    where there is no LoRALinear, RuntimeError where a layer is not merged.
     """
     for layer in _adapted_layers(model, merged=True):
         layer.unmerge()

@@ -232,21 +232,24 @@ def multi_lora_add_(y, x, bank, adapter_ids, *, out_offset=0):
 
 def lora_embedding(ids, weight, lora_a, lora_b, *, scale):
     """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (as PEFT)."""
-    return F.embedding(ids, weight) + scale * (F.embedding(ids, lora_a.t()) @ lora_b.t())
+    ids = ids.long()
+    h = F.embedding(ids, lora_a.to(weight.dtype).t())
+    return F.embedding(ids, weight) + scale * (h @ lora_b.to(weight.dtype).t())
 
 
 def dept_embedding(ids, weight, prompt, lora_a, lora_b, *, scale=1.0, positions=None):
     """[P ; E[ids] + scale (A B)[positions]]   (DePT, arXiv 2309.05173).
 
     ids [..., L], weight [V, D], prompt [m, D] or None, lora_a [S, R] and lora_b [R, D] by POSITION;
-    positions defaults to 0 .. L-1, and a position at or past S adds nothing. Returns [..., m + L,
-    D].
+    positions (of ids' shape, or broadcast to it) defaults to 0 .. L-1, and a position that is
+    negative, or S or more, adds nothing. Returns [..., m + L, D].
     """
     if positions is None:
         positions = torch.arange(ids.shape[-1], device=ids.device)
-    S = lora_a.shape[0]
-    rows = F.embedding(positions.clamp(max=S - 1), lora_a) @ lora_b
-    e = F.embedding(ids, weight) + scale * torch.where((positions < S)[..., None], rows, 0)
+    S, dtype = lora_a.shape[0], weight.dtype
+    inside = (positions >= 0) & (positions < S)
+    rows = F.embedding(positions.long().clamp(0, S - 1), lora_a.to(dtype)) @ lora_b.to(dtype)
+    e = F.embedding(ids.long(), weight) + scale * torch.where(inside[..., None], rows, 0)
     if prompt is None:
         return e
-    return torch.cat((prompt.expand(*e.shape[:-2], -1, -1), e), dim=-2)
+    return torch.cat((prompt.to(dtype).expand(*e.shape[:-2], -1, -1), e), dim=-2)

@@ -30,6 +30,13 @@ SHAPES = (
     (28672, 8192),
     (8192, 28672),
 )
+# Those that share x there: their outputs, and K. dx is one sum over all of them.
+GROUPS = (
+    ((4096, 1024, 1024), 4096),
+    ((14336, 14336), 4096),
+    ((8192, 1024, 1024), 8192),
+    ((28672, 28672), 8192),
+)
 ROWS = 512, 2048, 8192
 FORMS = "forward", "dx", "masked dx"
 ROUNDS = 12  # the first is not counted
@@ -39,7 +46,9 @@ KEEP_SCALE = 1.25
 
 
 class Case(NamedTuple):
-    """A layer of N x K with an adapter of rank R, and M rows of x."""
+    """A layer of N x K with an adapter of rank R, and M rows of x. Of dx it may be several, whose
+    outputs are `parts` of N, and their ranks R together.
+    """
 
     form: str
     M: int
@@ -47,10 +56,12 @@ class Case(NamedTuple):
     K: int
     R: int
     dtype: torch.dtype
+    parts: tuple[int, ...] = ()
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.form} M={self.M} {self.N}x{self.K} r={self.R} {dtype}"
+        N = "+".join(map(str, self.parts or (self.N,)))
+        return f"{self.form} M={self.M} {N}x{self.K} r={self.R} {dtype}"
 
 
 class Sum(NamedTuple):
@@ -70,11 +81,12 @@ def draw(case: Case, device: torch.device) -> Sum:
     weight, a, b = normal(N, K), normal(R, K), normal(N, R)
     if case.form == "forward":
         return Sum([(normal(M, K), weight), (normal(M, R), b)], None)
-    base, lora = (normal(M, N), weight.t()), (normal(M, R), a.t())
+    base = [(normal(M, len(w)), w.t()) for w in weight.split(case.parts or N)]
+    lora = (normal(M, R), a.t())
     if case.form == "dx":
-        return Sum([base, lora], None)
+        return Sum([*base, lora], None)
     bits = torch.randint(0, 256, (M, (K + 7) // 8), dtype=torch.uint8, device=device)
-    return Sum([lora, base], (bits, KEEP_SCALE, 1))
+    return Sum([lora, *base], (bits, KEEP_SCALE, 1))
 
 
 def candidates(total: Sum) -> list[dict]:
@@ -123,7 +135,9 @@ def truth(total: Sum) -> tuple[Truth, Tensor]:
         y = operands[0] @ operands[1].t()
         if keep is not None:
             y = torch.where(keep, y * KEEP_SCALE, 0)
-        return (y + operands[2] @ operands[3].t(),)
+        for lhs, rhs in zip(operands[2::2], operands[3::2], strict=True):
+            y = y + lhs @ rhs.t()
+        return (y,)
 
     return Truth(plain, [t for lhs, rhs in segments for t in (lhs[rows], rhs)]), rows
 
@@ -258,12 +272,14 @@ def main(arguments: argparse.Namespace) -> int:
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     device = torch.device("cuda", torch.cuda.current_device())
+    layers: list[tuple[tuple[int, ...], int]] = [((N,), K) for N, K in arguments.shapes or SHAPES]
     cases = [
-        Case(form, M, N, K, arguments.rank, dtypes[dtype])
+        Case(form, M, sum(parts), K, len(parts) * arguments.rank, dtypes[dtype], parts)
         for dtype in arguments.dtype
-        for N, K in arguments.shapes or SHAPES
+        for parts, K in layers + ([] if arguments.shapes else list(GROUPS))
         for M in arguments.rows or ROWS
         for form in arguments.form
+        if form != "forward" or len(parts) == 1
     ]
     path = Path(arguments.out) if arguments.out else configs.tuning_path()
     rows, failed = tune(cases, path, device, Timer(device), progress)

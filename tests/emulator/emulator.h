@@ -353,7 +353,6 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
                    const Params& params, cudaStream_t) {
   emulator::Machine& m = emulator::machine;
-  if (shared_bytes > 163 * 1024) throw std::runtime_error("emulator: more than sm_80 has");
   m.threads = threads;
   m.grid = grid;
   m.memory_bytes = size_t(shared_bytes);

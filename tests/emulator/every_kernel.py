@@ -39,5 +39,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with torch.no_grad():
             fl.multi_lora_linear(x, w, bank, ids, bias, backend="cuda")
             fl.multi_lora_add_(y.detach(), x, bank, ids, backend="cuda")
-    soft_threshold_([torch.randn(n).to(dtype) for n in (1, 65537, 3)], 0.1, backend="cuda")
+    for official_compat in (False, True):
+        gates = [torch.randn(n).to(dtype) for n in (1, 65537, 3)]
+        soft_threshold_(gates, 0.1, official_compat=official_compat, backend="cuda")
 print("all kernels ran")

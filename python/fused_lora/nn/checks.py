@@ -35,17 +35,52 @@ def check_choice(name: str, value, choices: Sequence) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+# Linear layers of other libraries, which need not be there: their product, of a weight that they
+# keep in fewer bits, is their own, and has the gradient of its input.
+_QUANTISED = {
+    f"bitsandbytes.nn.modules.{name}"
+    for name in ("Linear4bit", "LinearFP4", "LinearNF4", "Linear8bitLt")
+}
+
+
+def kind_of(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_quantised(module: torch.nn.Module) -> bool:
+    """A layer of bitsandbytes by its name, or an nn.Linear whose weight is a torchao tensor."""
+    weight = getattr(module, "weight", None)
+    return kind_of(module) in _QUANTISED or (
+        type(module) is torch.nn.Linear and type(weight).__module__.split(".")[0] == "torchao"
+    )
+
+
 def check_linear(name: str, linear) -> None:
     """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor."""
-    kind = type(linear)
-    if kind is not torch.nn.Linear:
+    _check_plain(name, linear, torch.nn.Linear, ("weight", "bias"))
+
+
+def check_embedding(name: str, embedding) -> None:
+    """`embedding` is an nn.Embedding that only looks up, and its weight a plain dense floating
+    tensor."""
+    _check_plain(name, embedding, torch.nn.Embedding, ("weight",))
+    for option, plain in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+        if (value := getattr(embedding, option)) != plain:
+            raise TypeError(f"{name} has {option}={value}, which an adapted embedding has not")
+
+
+def _check_plain(name: str, module, wanted: type, parameters: Sequence[str]) -> None:
+    kind = type(module)
+    if kind is not wanted:
         raise TypeError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}; only a plain torch.nn.Linear can "
-            f"be adapted, because what a subclass computes is not known"
+            f"{name} is a {kind_of(module)}; only a plain torch.nn.{wanted.__name__} can be "
+            f"adapted, because what a subclass computes is not known"
         )
-    for own, t in linear.named_parameters():
-        if own not in ("weight", "bias"):
-            raise TypeError(f"{name} has a parameter {own!r} that a plain torch.nn.Linear has not")
+    for own, t in module.named_parameters():
+        if own not in parameters:
+            raise TypeError(
+                f"{name} has a parameter {own!r} that a plain torch.nn.{wanted.__name__} has not"
+            )
         if type(t) is not Parameter or t.layout != torch.strided:
             raise TypeError(
                 f"{name}.{own} is a {type(t).__name__} of layout {t.layout}; a plain dense tensor "
@@ -57,12 +92,12 @@ def check_linear(name: str, linear) -> None:
                 f"{check.names([t.dtype])}"
             )
     hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    if any(hooks) or "forward" in vars(linear):
+    if any(hooks) or "forward" in vars(module):
         raise TypeError(
             f"{name} has hooks or its own forward, which would be lost; remove them first"
         )

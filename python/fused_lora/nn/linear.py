@@ -5,7 +5,7 @@ Symbols: x [..., K], weight W0 [N, K] and bias [N] frozen, lora_a A [R, K], lora
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from fused_lora.ops.lora_linear import lora_linear
 
 KEEP_BASE = ("none", "cpu", "device")
 GATE_INITS = ("normal", "ones")
-_INITS = (True, False, "kaiming", "gaussian")
+INITS = (True, False, "kaiming", "gaussian")
 
 # Elements of W0 that are merged at a time: 16 MiB of fp32, whatever the size of the layer.
 _MERGE_BLOCK = 1 << 22
@@ -39,6 +39,75 @@ Product = tuple[float, Tensor, Tensor, Tensor | None]
 def lora_scale(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (arXiv 2312.03732)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def init_adapter_(lora_a: Tensor, lora_b: Tensor, init: bool | str) -> None:
+    """Draw an adapter, as `init` of LoRALinear says."""
+    if init == "gaussian":
+        torch.nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
+    else:
+        torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    if init is False:
+        torch.nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
+    else:
+        torch.nn.init.zeros_(lora_b)
+
+
+def init_gate_(gate: Tensor, gate_init: str) -> None:
+    """Draw a gate, as `gate_init` of SoRALinear says."""
+    if gate_init == "normal":
+        torch.nn.init.normal_(gate)
+    else:
+        torch.nn.init.ones_(gate)
+
+
+def leaving_wide(fn: Callable[[Tensor], Tensor], gate: Parameter) -> Callable[[Tensor], Tensor]:
+    """fn, what Module._apply does to each tensor, but that the gate and its gradient keep their
+    dtype."""
+    grad = gate.grad
+
+    def applied(t: Tensor) -> Tensor:
+        moved = fn(t)
+        # From t itself, so that no digit is lost on the way through the other dtype.
+        return t.to(moved.device) if (t is gate or t is grad) and moved.dtype != t.dtype else moved
+
+    return applied
+
+
+def check_swap(layer, lora_a, lora_b, scale, gate) -> None:
+    """Raise for the first argument of layer.swap that is wrong."""
+    op = type(layer).__name__ + ".swap"
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check.check_tensor(op, name, t)
+    check.check_shape(op, "lora_a", lora_a, (None, layer.in_features), "[R, K]")
+    R = lora_a.shape[0]
+    if R == 0:
+        raise ValueError(
+            f"{op}: lora_a has shape {list(lora_a.shape)}; the rank must be at least 1"
+        )
+    check.check_shape(op, "lora_b", lora_b, (layer.out_features, R), "[N, R]")
+    if scale is not None:
+        check_number(f"{op}: scale", scale)
+    if gate is not None:
+        if layer.gate is None:
+            raise ValueError(
+                f"{op}: this layer has no gate; fold it into lora_b, or use SoRALinear"
+            )
+        check.check_tensor(op, "gate", gate)
+        check.check_shape(op, "gate", gate, (R,), "[R]")
+
+
+def set_adapter_(layer, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None) -> None:
+    """Copy into the Parameters of these shapes, and make new ones where the rank is another."""
+    layer.r = lora_a.shape[0]
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
+        old = getattr(layer, name)
+        if value is None:
+            continue
+        if old.shape == value.shape:
+            old.copy_(value)
+        else:
+            setattr(layer, name, Parameter(value.clone(), requires_grad=old.requires_grad))
 
 
 @torch.no_grad()
@@ -149,7 +218,7 @@ class LoRALinear(torch.nn.Linear):
         check_rank("r", r)
         check_number("lora_alpha", lora_alpha)
         check_probability("lora_dropout", lora_dropout)
-        check_choice("init", init, _INITS)
+        check_choice("init", init, INITS)
         if adapter_dtype not in (None, weight_dtype, torch.float32):
             raise TypeError(
                 f"adapter_dtype must be None, the weight's {weight_dtype} or torch.float32, got "
@@ -159,7 +228,7 @@ class LoRALinear(torch.nn.Linear):
     def _add_adapter(self, r, lora_alpha, lora_dropout, use_rslora, init, adapter_dtype) -> None:
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.init = lora_dropout, init
-        self.scale = lora_scale(lora_alpha, r, use_rslora)
+        self.scale = self._scale_of(lora_alpha, r)
         self.merged = False
         # W0 while merged with keep_base; not a buffer, so it never enters a state_dict.
         self._base: Tensor | None = None
@@ -173,20 +242,20 @@ class LoRALinear(torch.nn.Linear):
         self.register_parameter("gate", None)
         self.reset_lora_parameters()
 
+    def _scale_of(self, lora_alpha: float, r: int) -> float:
+        """The layer's own rule."""
+        return lora_scale(lora_alpha, r, self.use_rslora)
+
     def reset_lora_parameters(self) -> None:
         """Draw the adapter anew, as `init` says. Raises RuntimeError where it is merged."""
         if self.merged:
             raise RuntimeError(
                 "the adapter is merged into weight; call unmerge() before resetting it"
             )
-        if self.init == "gaussian":
-            torch.nn.init.normal_(self.lora_a, std=1 / self.r)
-        else:
-            torch.nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        if self.init is False:
-            torch.nn.init.kaiming_uniform_(self.lora_b, a=math.sqrt(5))
-        else:
-            torch.nn.init.zeros_(self.lora_b)
+        self._draw_adapter()
+
+    def _draw_adapter(self) -> None:
+        init_adapter_(self.lora_a, self.lora_b, self.init)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.merged:
@@ -284,52 +353,23 @@ class LoRALinear(torch.nn.Linear):
         The tensors may be on any device and are cast to the dtype of the adapter. Raises TypeError
         and ValueError before anything is written.
         """
-        self._check_swap(lora_a, lora_b, scale, gate)
+        check_swap(self, lora_a, lora_b, scale, gate)
         R = lora_a.shape[0]
         a, b = lora_a.to(self.lora_a), lora_b.to(self.lora_b)
         if self.gate is not None:
             gate = a.new_ones(R, dtype=torch.float32) if gate is None else gate.to(self.gate)
         if scale is None:
-            scale = lora_scale(self.lora_alpha, R, self.use_rslora)
+            scale = self._scale_of(self.lora_alpha, R)
         else:
-            self.lora_alpha = scale / lora_scale(1, R, self.use_rslora)
+            self.lora_alpha = scale / self._scale_of(1, R)
         if self.merged:
             new: Product = (scale, a, b, gate)
             if self._base is None:
                 _merge_into(self.weight, self.weight, [self._product(-1), new])
             else:
                 _merge_into(self.weight, self._base, [new])
-        self.r, self.scale = R, scale
-        values = {"lora_a": a, "lora_b": b}
-        if gate is not None:
-            values["gate"] = gate
-        for name, value in values.items():
-            old = getattr(self, name)
-            if old.shape == value.shape:
-                old.copy_(value)
-            else:
-                setattr(self, name, Parameter(value.clone(), requires_grad=old.requires_grad))
-
-    def _check_swap(self, lora_a, lora_b, scale, gate) -> None:
-        op = type(self).__name__ + ".swap"
-        for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
-            check.check_tensor(op, name, t)
-        check.check_shape(op, "lora_a", lora_a, (None, self.in_features), "[R, K]")
-        R = lora_a.shape[0]
-        if R == 0:
-            raise ValueError(
-                f"{op}: lora_a has shape {list(lora_a.shape)}; the rank must be at least 1"
-            )
-        check.check_shape(op, "lora_b", lora_b, (self.out_features, R), "[N, R]")
-        if scale is not None:
-            check_number(f"{op}: scale", scale)
-        if gate is not None:
-            if self.gate is None:
-                raise ValueError(
-                    f"{op}: this layer has no gate; fold it into lora_b, or use SoRALinear"
-                )
-            check.check_tensor(op, "gate", gate)
-            check.check_shape(op, "gate", gate, (R,), "[R]")
+        self.scale = scale
+        set_adapter_(self, a, b, gate)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -394,10 +434,7 @@ class SoRALinear(LoRALinear):
         self._reset_gate()
 
     def _reset_gate(self) -> None:
-        if self.gate_init == "normal":
-            torch.nn.init.normal_(self.gate)
-        else:
-            torch.nn.init.ones_(self.gate)
+        init_gate_(self.gate, self.gate_init)
 
     def reset_lora_parameters(self) -> None:
         super().reset_lora_parameters()
@@ -405,13 +442,4 @@ class SoRALinear(LoRALinear):
             self._reset_gate()
 
     def _apply(self, fn, recurse=True):
-        gate, grad = self.gate, self.gate.grad
-
-        def keep_gate_wide(t: Tensor) -> Tensor:
-            moved = fn(t)
-            # From t itself, so that no digit is lost on the way through the other dtype.
-            return (
-                t.to(moved.device) if (t is gate or t is grad) and moved.dtype != t.dtype else moved
-            )
-
-        return super()._apply(keep_gate_wide, recurse)
+        return super()._apply(leaving_wide(fn, self.gate), recurse)

@@ -73,7 +73,7 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def triton_refuses(x: torch.Tensor) -> str | None:
+def triton_refuses(x: torch.Tensor, name: str = "x") -> str | None:
     """None where the Triton kernels can run on x, else the sentence why not."""
     if (missing := _triton_missing()) is not None:
         return missing
@@ -84,7 +84,7 @@ def triton_refuses(x: torch.Tensor) -> str | None:
             if x.dtype == torch.bfloat16:
                 return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
             return None
-        return f"x is on {x.device}; the Triton kernels run on CUDA devices"
+        return f"{name} is on {x.device}; the Triton kernels run on CUDA devices"
     if triton_interprets():
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it and start again"
     major, minor = _capability(x.device.index)

@@ -172,28 +172,44 @@ def forward_kernels(backend, x, weight, a, b, bias, gate, seed, scale, dropout_p
     return kernels.segment_gemm([(x, weight), (t, b)], bias=bias, early=1), h
 
 
-def backward_kernels(
-    backend, dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes
-):
-    kernels = dispatch.kernels(backend)
-    need_dx, need_da, need_db, need_dgate = needs
-    dx = da = db = dgate = dh = bits = None
-    drop = _dropout_args(seed, dropout_p)
+def _reduce_dy(kernels, dy, b, h, gate, scale, need_dh, need_db, need_dgate, db_dtype):
+    """(dh, dB, dg) from one read of dy; None where it is not needed, but dB comes with dg."""
     if need_db or need_dgate:
-        dh, db, dgate = kernels.row_reduce_dy(
-            dy, b, h, scale=scale, gate=gate, need_dh=need_dx or need_da, need_dgate=need_dgate,
-            db_dtype=adapter_dtypes[1],
+        return kernels.row_reduce_dy(
+            dy, b, h, scale=scale, gate=gate, need_dh=need_dh, need_dgate=need_dgate,
+            db_dtype=db_dtype,
         )  # fmt: skip
-    elif need_dx or need_da:
+    dh = None
+    if need_dh:
         dh, _ = kernels.shrink(dy, b.t(), scale=scale, gate=gate)
+    return dh, None, None
+
+
+def _reduce_x(kernels, x, dh, drop, need_da, need_dx, da_dtype):
+    """(dA or None, the mask as bits for dx or None): one pass makes both."""
+    bits = None
     if need_da:
         if drop and need_dx:
             bits = torch.empty(
                 x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device
             )
-        da = kernels.row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=adapter_dtypes[0])
-    elif drop and need_dx:
-        bits = kernels.dropout_bits(seed, *x.shape, drop[1])
+        return kernels.row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=da_dtype), bits
+    if drop and need_dx:
+        bits = kernels.dropout_bits(drop[0], *x.shape, drop[1])
+    return None, bits
+
+
+def backward_kernels(
+    backend, dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes
+):
+    kernels = dispatch.kernels(backend)
+    need_dx, need_da, need_db, need_dgate = needs
+    dx = None
+    drop = _dropout_args(seed, dropout_p)
+    dh, db, dgate = _reduce_dy(
+        kernels, dy, b, h, gate, scale, need_dx or need_da, need_db, need_dgate, adapter_dtypes[1]
+    )
+    da, bits = _reduce_x(kernels, x, dh, drop, need_da, need_dx, adapter_dtypes[0])
     if need_dx:
         base, lora = (dy, weight.t()), (dh, a.t())
         if drop:
@@ -279,48 +295,31 @@ def _usual(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed) -> boo
 def _check(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed):
     """Raise for the first argument that is wrong; return the tensors as autocast has them."""
     op = "lora_linear"
-    for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        check.check_tensor(op, name, t)
-    for name, t in (("bias", bias), ("gate", gate)):
-        if t is not None:
-            check.check_tensor(op, name, t)
-    check.check_scale(op, scale)
-    check.check_dropout(op, dropout_p)
-    check.check_seed(op, seed, x)
-    if x.ndim < 1:
-        raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
-    check.check_shape(op, "weight", weight, (None, x.shape[-1]), "[N, K]")
-    check.check_shape(op, "lora_a", lora_a, (None, x.shape[-1]), "[R, K]")
-    N, R = weight.shape[0], lora_a.shape[0]
-    if R == 0:
-        raise ValueError(
-            f"{op}: lora_a has shape [0, {lora_a.shape[1]}]; the rank must be at least 1"
-        )
-    check.check_shape(op, "lora_b", lora_b, (N, R), "[N, R]")
-    if bias is not None:
-        check.check_shape(op, "bias", bias, (N,), "[N]")
-    if gate is not None:
-        check.check_shape(op, "gate", gate, (R,), "[R]")
-    for name, t in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", bias),
-        ("gate", gate),
-    ):
-        if t is not None:
-            check.check_device(op, name, t, x)
-
-    if (dtype := check.autocast_dtype(x)) is not None:
-        x, weight, bias = (check.autocast(t, dtype) for t in (x, weight, bias))
-        lora_a, lora_b = (check.autocast_adapter(t, dtype) for t in (lora_a, lora_b))
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check.check_same_dtype(op, name, t, x)
-    for name, t in (("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
-        if t is not None:
-            check.check_adapter_dtype(op, name, t, x)
+    x = check.checked_input(op, x, dropout_p, seed)
+    weight, bias = check.checked_base(op, x, weight, bias)
+    lora_a, lora_b = check.checked_adapter(op, x, weight.shape[0], lora_a, lora_b, gate, scale)
     return x, weight, lora_a, lora_b, bias
+
+
+def scaled_gate(scale, gate: Tensor | None, lora_a: Tensor) -> tuple[float, Tensor | None]:
+    """(scale, gate) with a scale that lives on the device in the gate, so that its value is never
+    read by the host."""
+    if not isinstance(scale, Tensor):
+        return float(scale), gate
+    ones = lora_a.new_ones(lora_a.shape[0], dtype=torch.float32)
+    return 1.0, (ones if gate is None else gate) * scale.to(lora_a.device)
+
+
+def drawn(x: Tensor, dropout_p: float, training: bool, seed) -> tuple[Tensor | None, float]:
+    """(seed int64 [1], dropout_p), and (None, 0.0) where nothing is dropped."""
+    dropping = training and dropout_p > 0
+    if not dropping:
+        return None, 0.0
+    if seed is None:
+        seed = reference.draw_seed(x.device)
+    elif isinstance(seed, int):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    return seed, float(dropout_p)
 
 
 def _prepare(
@@ -340,20 +339,9 @@ def _prepare(
     tensors = x, weight, lora_a, lora_b, bias
     if not _usual(*tensors, gate, scale, dropout_p, seed):
         x, weight, lora_a, lora_b, bias = _check(*tensors, gate, scale, dropout_p, seed)
-    if isinstance(scale, Tensor):
-        # A scale that lives on the device goes into the gate, so that its value is never read by
-        # the host.
-        ones = x.new_ones(lora_a.shape[0], dtype=torch.float32)
-        gate = (ones if gate is None else gate) * scale.to(x.device)
-        scale = 1.0
-    dropping = training and dropout_p > 0
-    if not dropping:
-        seed, dropout_p = None, 0.0
-    elif seed is None:
-        seed = reference.draw_seed(x.device)
-    elif isinstance(seed, int):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
-    return x, weight, lora_a, lora_b, bias, gate, seed, float(scale), float(dropout_p)
+    scale, gate = scaled_gate(scale, gate, lora_a)
+    seed, dropout_p = drawn(x, dropout_p, training, seed)
+    return x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p
 
 
 def _run(args, backend: str) -> Tensor:

@@ -58,7 +58,7 @@ class AdapterRouting:
     def _sort(self, adapter_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         G, ids = self.num_slots, adapter_ids.reshape(-1)
         known = (ids >= -1) & (ids < G)
-        if _reads_ids(ids) and not bool(known.all()):
+        if reads_ids(ids) and not bool(known.all()):
             raise IndexError(
                 f"adapter_ids must lie in [-1, {G}), got {ids[~known].unique().tolist()}"
             )
@@ -100,7 +100,7 @@ class AdapterRouting:
         return self.ids.repeat_interleave(repeats), order, self.offsets * repeats
 
 
-def _reads_ids(ids: Tensor) -> bool:
+def reads_ids(ids: Tensor) -> bool:
     """Where the ids' values are looked at; on a GPU that would wait for the device."""
     if torch.compiler.is_compiling() or ids.is_meta:
         return False

@@ -1,6 +1,9 @@
 """g <- T_xi(g), in place: the proximal step that drives the gates of SoRA to zero.
 
 T_xi(v) = v - clamp(v, -xi, xi) = v - xi if v > xi;  0 if -xi <= v <= xi;  v + xi if v < -xi
+
+The published code of SoRA runs three masks one after the other instead, which zeroes |v| < 2 xi and
+keeps |v| = xi; official_compat does the same.
 """
 
 from collections.abc import Sequence
@@ -17,8 +20,10 @@ Gates = TypeVar("Gates", Tensor, Sequence[Tensor])
 
 # Contract. The gates of one call are contiguous and on one device. csrc/ implements the second op.
 _library = torch.library.Library("fused_lora", "FRAGMENT")
-_library.define("soft_threshold_(Tensor(a!)[] gates, float xi, str backend) -> ()")
-_library.define("soft_threshold_cuda_(Tensor(a!)[] gates, float xi) -> ()")
+_library.define(
+    "soft_threshold_(Tensor(a!)[] gates, float xi, bool official_compat, str backend) -> ()"
+)
+_library.define("soft_threshold_cuda_(Tensor(a!)[] gates, float xi, bool official_compat) -> ()")
 
 
 def _refuse_cuda(gate: Tensor) -> str | None:
@@ -35,10 +40,21 @@ REFUSALS = {
 BEST = "torch"  # the CUDA kernel takes its place with the measurement that proves it
 
 
-def _soft_threshold(gates: list[Tensor], xi: float, backend: str) -> None:
+def _indicator(values: list[Tensor], xi: float, at_edge: float) -> tuple[Tensor, ...]:
+    """1 where |v| > xi, at_edge where |v| = xi, 0 elsewhere."""
+    signs = torch._foreach_abs(values)
+    torch._foreach_sub_(signs, xi)
+    torch._foreach_sign_(signs)
+    torch._foreach_add_(signs, at_edge)
+    torch._foreach_clamp_min_(signs, 0.0)
+    torch._foreach_clamp_max_(signs, 1.0)
+    return signs
+
+
+def _soft_threshold(gates: list[Tensor], xi: float, official_compat: bool, backend: str) -> None:
     dispatch.require("soft_threshold_", backend, REFUSALS, gates[0])
     if backend == "cuda":
-        torch.ops.fused_lora.soft_threshold_cuda_(gates, xi)
+        torch.ops.fused_lora.soft_threshold_cuda_(gates, xi, official_compat)
         # That kernel writes unseen by autograd, which must refuse a backward that saved the gates
         # as they were.
         torch.autograd.graph.increment_version(gates)
@@ -47,7 +63,11 @@ def _soft_threshold(gates: list[Tensor], xi: float, backend: str) -> None:
     wide = [g.float() if g.itemsize == 2 else g for g in gates]
     removed = torch._foreach_clamp_min(wide, -xi)
     torch._foreach_clamp_max_(removed, xi)
+    if official_compat:
+        torch._foreach_mul_(removed, _indicator(wide, xi, 0.0))
     torch._foreach_sub_(wide, removed)
+    if official_compat:
+        torch._foreach_mul_(wide, _indicator(wide, xi, 1.0))
     for gate, result in zip(gates, wide, strict=True):
         if result is not gate:
             gate.copy_(result)
@@ -55,20 +75,29 @@ def _soft_threshold(gates: list[Tensor], xi: float, backend: str) -> None:
 
 _library.impl("soft_threshold_", _soft_threshold, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "fused_lora::soft_threshold_", lambda gates, xi, backend: None, lib=_library
+    "fused_lora::soft_threshold_", lambda gates, xi, official_compat, backend: None, lib=_library
 )
 
 
-def _check(gates, xi) -> list[Tensor]:
+def check_xi(xi) -> None:
+    op = "soft_threshold_"
+    if isinstance(xi, bool) or not isinstance(xi, (int, float)):
+        raise TypeError(f"{op}: xi must be a float, got {type(xi).__name__}")
+    if not 0 <= xi <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: xi must be at least 0 and finite in fp32, got {xi}")
+
+
+def _check(gates, xi, official_compat) -> list[Tensor]:
     op = "soft_threshold_"
     if not isinstance(gates, (Tensor, Sequence)) or isinstance(gates, str):
         raise TypeError(
             f"{op}: gates must be a torch.Tensor or a sequence of them, got {type(gates).__name__}"
         )
-    if isinstance(xi, bool) or not isinstance(xi, (int, float)):
-        raise TypeError(f"{op}: xi must be a float, got {type(xi).__name__}")
-    if not 0 <= xi <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{op}: xi must be at least 0 and finite in fp32, got {xi}")
+    check_xi(xi)
+    if not isinstance(official_compat, bool):
+        raise TypeError(
+            f"{op}: official_compat must be a bool, got {type(official_compat).__name__}"
+        )
     if isinstance(gates, Tensor):
         named = {"gates": gates}
     else:
@@ -88,7 +117,9 @@ def _check(gates, xi) -> list[Tensor]:
 
 
 @torch.no_grad()
-def soft_threshold_(gates: Gates, xi: float, *, backend: str | None = None) -> Gates:
+def soft_threshold_(
+    gates: Gates, xi: float, *, official_compat: bool = False, backend: str | None = None
+) -> Gates:
     """Replace every gate v by its soft threshold, in place.
 
         T_xi(v) = v - xi if v > xi;  0 if -xi <= v <= xi;  v + xi if v < -xi
@@ -98,26 +129,31 @@ def soft_threshold_(gates: Gates, xi: float, *, backend: str | None = None) -> G
     weight lambda (SoRA, arXiv 2311.11696).
 
     gates: a tensor, or a sequence of tensors of any shapes, strides and devices. float32, bfloat16
-        and float16 are computed in fp32 and rounded once, float64 in itself; NaN stays NaN. They
-        may require grad; no history is recorded.
-    xi: a float >= 0.
+        and float16 are computed in fp32 and rounded once, float64 in itself. They may require
+        grad; no history is recorded. Nothing of them is read on the host: NaN stays NaN and an
+        infinity stays that infinity, so neither passes for a gate that was cut.
+    xi: a float >= 0, finite in fp32.
+    official_compat: what the published code of SoRA does, three masks one after the other: first
+        v -= xi where v > xi, then v += xi where v < -xi, then v = 0 where |v| < xi. It zeroes
+        |v| < 2 xi, keeps |v| = xi as it is, and minimises nothing; to repeat its runs.
 
     backend: "torch" (torch's own multi-tensor kernels, any device) or "cuda" (the extension's: one
         launch serves some 250 gates); None takes the best that is proved. use_backend does not
         reach it: it is a step of an optimiser and not of a model.
 
     Returns gates. It raises, before anything is written: TypeError for a gate that is not a
-    floating tensor, or an xi that is not a number; ValueError for an xi that is negative or not
-    finite, an expanded gate, the same tensor twice, or an unknown backend; NotImplementedError for
-    a tensor subclass or a sparse gate; RuntimeError for a backend that cannot run, with the reason.
+    floating tensor, an xi that is not a number, or an official_compat that is not a bool;
+    ValueError for an xi that is negative or not finite, an expanded gate, the same tensor twice, or
+    an unknown backend; NotImplementedError for a tensor subclass or a sparse gate; RuntimeError for
+    a backend that cannot run, with the reason.
     """
     backend = dispatch.check_backend(backend) or BEST
     by_device: dict[torch.device, list[Tensor]] = {}
-    for gate in _check(gates, xi):
+    for gate in _check(gates, xi, official_compat):
         by_device.setdefault(gate.device, []).append(gate)
     for group in by_device.values():
         dense = [gate if gate.is_contiguous() else gate.contiguous() for gate in group]
-        torch.ops.fused_lora.soft_threshold_(dense, xi, backend)
+        torch.ops.fused_lora.soft_threshold_(dense, xi, official_compat, backend)
         for gate, result in zip(group, dense, strict=True):
             if not gate.is_contiguous():
                 gate.copy_(result)
@@ -125,6 +161,6 @@ def soft_threshold_(gates: Gates, xi: float, *, backend: str | None = None) -> G
 
 
 @dispatch.explains("soft_threshold_")
-def _explain(gates, xi, *, backend=None):
-    first = next(iter(_check(gates, xi)), torch.empty(0))
+def _explain(gates, xi, *, official_compat=False, backend=None):
+    first = next(iter(_check(gates, xi, official_compat)), torch.empty(0))
     return dispatch.check_backend(backend) or BEST, first, REFUSALS

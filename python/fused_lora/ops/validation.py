@@ -4,6 +4,7 @@ Each names the argument, what came and what is wanted.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 LARGEST = sys.float_info.max
+Spelled = Callable[[str], str]
 
 
 def names(dtypes) -> str:
@@ -60,10 +63,10 @@ def check_shape(op: str, name: str, value: Tensor, wanted: tuple, spelled: str) 
     raise ValueError(f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(shape)}")
 
 
-def check_device(op: str, name: str, value: Tensor, x: Tensor) -> None:
+def check_device(op: str, name: str, value: Tensor, x: Tensor, of: str = "x") -> None:
     if value.device != x.device:
         raise ValueError(
-            f"{op}: {name} is on {value.device} but x is on {x.device}; move one of them"
+            f"{op}: {name} is on {value.device} but {of} is on {x.device}; move one of them"
         )
 
 
@@ -74,18 +77,18 @@ def check_adapter_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must have dtype {wanted}, got {names([value.dtype])}")
 
 
-def check_scale(op: str, scale) -> None:
+def check_scale(op: str, scale, name: str = "scale") -> None:
     """A finite real number, or a 0-d floating tensor (whose value is not read)."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
-                f"{op}: scale must be a float or a 0-d floating tensor, got a "
+                f"{op}: {name} must be a float or a 0-d floating tensor, got a "
                 f"{names([scale.dtype])} tensor of shape {list(scale.shape)}"
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{op}: scale must be a float or a 0-d tensor, got {type(scale).__name__}")
+        raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(scale).__name__}")
     elif not -LARGEST <= scale <= LARGEST:  # math.isfinite, which torch.compile traces as well
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+        raise ValueError(f"{op}: {name} must be finite, got {scale}")
 
 
 def check_dropout(op: str, p) -> None:
@@ -116,6 +119,64 @@ def check_same_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise TypeError(
             f"{op}: {name} must have x's dtype {names([x.dtype])}, got {names([value.dtype])}"
         )
+
+
+def checked_input(op: str, x, dropout_p, seed) -> Tensor:
+    """x as autocast has it, with what else a call has once."""
+    check_tensor(op, "x", x)
+    check_dropout(op, dropout_p)
+    check_seed(op, seed, x)
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x must have shape [..., K], got a 0-d tensor")
+    return x if (dtype := autocast_dtype(x)) is None else autocast(x, dtype)
+
+
+def checked_base(op: str, x: Tensor, weight, bias, spelled: Spelled = str):
+    """(weight [N, K], bias [N] or None) as autocast has them, for x as it has x.
+
+    spelled("weight") is what the caller's argument is called, here and in checked_adapter.
+    """
+    weight_name, bias_name = spelled("weight"), spelled("bias")
+    check_tensor(op, weight_name, weight)
+    check_shape(op, weight_name, weight, (None, x.shape[-1]), "[N, K]")
+    if bias is not None:
+        check_tensor(op, bias_name, bias)
+        check_shape(op, bias_name, bias, (weight.shape[0],), "[N]")
+    dtype, found = autocast_dtype(x), []
+    for name, t in ((weight_name, weight), (bias_name, bias)):
+        if t is not None:
+            check_device(op, name, t, x)
+            t = t if dtype is None else autocast(t, dtype)
+            check_same_dtype(op, name, t, x)
+        found.append(t)
+    return found
+
+
+def checked_adapter(
+    op: str, x: Tensor, N: int, lora_a, lora_b, gate, scale, spelled: Spelled = str
+):
+    """(lora_a [R, K], lora_b [N, R]) as autocast has them, for x as it has x."""
+    named = [(spelled("lora_a"), lora_a), (spelled("lora_b"), lora_b)]
+    if gate is not None:
+        named.append((spelled("gate"), gate))
+    for name, t in named:
+        check_tensor(op, name, t)
+    check_scale(op, scale, spelled("scale"))
+    check_shape(op, named[0][0], lora_a, (None, x.shape[-1]), "[R, K]")
+    if (R := lora_a.shape[0]) == 0:
+        raise ValueError(
+            f"{op}: {named[0][0]} has shape [0, {lora_a.shape[1]}]; the rank must be at least 1"
+        )
+    check_shape(op, named[1][0], lora_b, (N, R), "[N, R]")
+    if gate is not None:
+        check_shape(op, named[2][0], gate, (R,), "[R]")
+    for name, t in named:
+        check_device(op, name, t, x)
+    if (dtype := autocast_dtype(x)) is not None:
+        lora_a, lora_b = (autocast_adapter(t, dtype) for t in (lora_a, lora_b))
+    for (name, _), t in zip(named, (lora_a, lora_b, gate), strict=False):
+        check_adapter_dtype(op, name, t, x)
+    return lora_a, lora_b
 
 
 def autocasting(x: Tensor) -> bool:

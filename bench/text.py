@@ -1,4 +1,4 @@
-"""What the demo works on: a byte-level GPT, and the texts that every machine with Python has."""
+"""A real task that every machine with Python has: a byte-level GPT, and texts to adapt it to."""
 
 import pydoc_data.topics
 import random

@@ -1,0 +1,490 @@
+"""What SoRA claims, asked of a real text: quality against the parameters kept, and time a step.
+
+    python -m fused_lora.bench.methods [--stage STAGE] [--out DIR]
+
+A byte-level GPT learns Python's standard library and is then adapted to prose, from the same start
+and with the same batches, by
+
+    LoRA      of several ranks
+    SoRA      of the largest of them: trained at one sparsity, which is then raised step by step
+              from the checkpoint reached
+    AdaLoRA   with several budgets, each from 1.5 times its rank
+
+Every run has the same number of steps; a point of SoRA that is read on the way has had fewer.
+Quality is bits per byte of held-out prose; parameters are counted as sum r (K + N) for LoRA and sum
+nnz(g) (K + N + 1) for gated layers. The time of a step, optimiser included, is that of the same
+model at one rank, in turns, for LoRA, SoRA and AdaLoRA here and LoRA and AdaLoRA in PEFT.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fused_lora.bench.measure import Spread
+from fused_lora.bench.report import machine
+from fused_lora.bench.run import progress
+from fused_lora.bench.text import GPT, KINDS, PRESETS, Settings, reference_prose, stdlib_sources
+from torch import Tensor, nn
+
+import fused_lora as fl
+
+NAME = "methods"
+LORA, SORA, ADALORA = "LoRA", "SoRA", "AdaLoRA"
+PEFT_LORA, PEFT_ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
+PENALTY = 0.1  # of AdaLoRA's orthogonality, squared, as in the paper
+
+
+class Plan(NamedTuple):
+    """What is run, on the model and text of a preset of bench/text.py."""
+
+    preset: str
+    seeds: int
+    ranks: tuple[int, ...]  # of LoRA
+    budgets: tuple[int, ...]  # of AdaLoRA: mean ranks at the end
+    sparsities: tuple[float, ...]  # of SoRA, one a phase
+    first_steps: int  # of SoRA's first phase
+    phase_steps: int  # of each later one
+    timed_rank: int
+    rounds: int
+
+    @property
+    def steps(self) -> int:
+        return self.first_steps + (len(self.sparsities) - 1) * self.phase_steps
+
+
+STAGES = {
+    "cpu": Plan(
+        "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
+    ),
+    "gpu": Plan(
+        "cuda", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
+    ),
+    "cpu-quick": Plan("quick", 1, (1, 4), (1,), (1e-3, 1e-2), 12, 6, 4, 3),
+}
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
+    return loss_of(model, windows).item() / math.log(2)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Tensor],
+    penalty: Callable[[], Tensor] | None = None,
+) -> None:
+    """One pass over batches, the learning rates warmed up and brought down to zero."""
+    steps, warmup = len(batches), max(1, len(batches) // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 1 - step / (steps + 1))
+    )
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for batch in batches:
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        (loss if penalty is None else loss + penalty()).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def injected(base: GPT, r: int, **options) -> GPT:
+    config = fl.LoRAConfig(r=r, lora_alpha=2 * r, target_modules=list(KINDS), **options)
+    return fl.inject(copy.deepcopy(base), config, adapter_dtype=torch.float32)
+
+
+def adamw(model: nn.Module, lr: float, *, gates: bool = True) -> torch.optim.AdamW:
+    params = [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and (gates or not name.endswith(".gate"))
+    ]
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+
+
+def layers_of(model: nn.Module) -> list[fl.nn.LoRALinear]:
+    return [m for m in model.modules() if isinstance(m, fl.nn.LoRALinear)]
+
+
+class Task:
+    """The batches of a seed and what is held out, on a device."""
+
+    def __init__(self, s: Settings, seed: int, steps: int, device: torch.device) -> None:
+        prose = reference_prose()
+        self.batches = [b.to(device) for b in prose.batches(replace(s, seed=seed), steps)]
+        self.windows = prose.held_out_windows(s).to(device)
+
+    def point(self, method: str, setting: str, model: nn.Module, steps: int) -> dict:
+        bits = bits_per_byte(model, self.windows)
+        return {
+            "method": method,
+            "setting": setting,
+            "kept": fl.optim.kept_parameters(model),
+            "bits": bits,
+            "steps": steps,
+        }
+
+
+def run_lora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
+    for rank in plan.ranks:
+        model = injected(base, rank)
+        train(model, adamw(model, s.lora_lr), task.batches)
+        yield task.point(LORA, f"r = {rank}", model, plan.steps)
+
+
+def run_sora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
+    """The optimiser of each phase is new: its learning rate is not what the last one ended with,
+    zero."""
+    model, done = injected(base, max(plan.ranks), gate=True), 0
+    gates = [layer.gate for layer in layers_of(model)]
+    for sparsity in plan.sparsities:
+        steps = plan.phase_steps if done else plan.first_steps
+        rest = adamw(model, s.lora_lr, gates=False)
+        optimizer = fl.optim.SoRA(rest, gates, lr=s.gate_lr, sparsity=sparsity)
+        train(model, optimizer, task.batches[done : done + steps])
+        done += steps
+        yield task.point(SORA, f"λ = {sparsity:g}", model, done)
+
+
+def run_adalora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
+    for budget in plan.budgets:
+        model = injected(base, math.ceil(1.5 * budget), adalora=True)
+        allocator = fl.optim.RankAllocator(
+            model,
+            target_r=budget,
+            total_step=plan.steps,
+            t_init=plan.steps // 10,
+            t_final=plan.steps // 3,
+        )
+        optimizer = fl.optim.AdaLoRA(adamw(model, s.lora_lr), allocator)
+        train(model, optimizer, task.batches, functools.partial(orthogonality, model))
+        yield task.point(ADALORA, f"budget {budget}", model, plan.steps)
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    return PENALTY * fl.optim.orthogonality_penalty(model)
+
+
+# The time of a step.
+
+
+class WithLoss(nn.Module):
+    """A model as PEFT wants it: what it returns has a loss, to which PEFT adds its penalty."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=loss_of(self.model, tokens))
+
+
+def step_lora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
+    model = injected(base, r)
+    return step_of(model, adamw(model, s.lora_lr))
+
+
+def step_sora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
+    model = injected(base, r, gate=True)
+    gates = [layer.gate for layer in layers_of(model)]
+    rest = adamw(model, s.lora_lr, gates=False)
+    return step_of(model, fl.optim.SoRA(rest, gates, lr=s.gate_lr, sparsity=s.sparsity))
+
+
+def step_adalora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
+    model = injected(base, r, adalora=True)
+    allocator = fl.optim.RankAllocator(
+        model, target_r=max(1, r // 2), total_step=TIMED_STEPS, delta_t=1
+    )
+    optimizer = fl.optim.AdaLoRA(adamw(model, s.lora_lr), allocator)
+    return step_of(model, optimizer, functools.partial(orthogonality, model))
+
+
+TIMED_STEPS = 1 << 20  # of a schedule that is in its middle for as long as it is timed
+
+
+def step_of(model, optimizer, penalty=None) -> Callable[[Tensor], None]:
+    def step(tokens: Tensor) -> None:
+        loss = loss_of(model, tokens)
+        optimizer.zero_grad()
+        (loss if penalty is None else loss + penalty()).backward()
+        optimizer.step()
+
+    return step
+
+
+def step_peft(base: GPT, r: int, s: Settings, *, adalora: bool) -> Callable[[Tensor], None]:
+    import peft
+
+    shared = {"lora_alpha": 2 * r, "lora_dropout": 0.0, "target_modules": list(KINDS)}
+    if adalora:
+        config = peft.AdaLoraConfig(
+            init_r=r, target_r=max(1, r // 2), total_step=TIMED_STEPS, deltaT=1,
+            orth_reg_weight=PENALTY, **shared,
+        )  # fmt: skip
+    else:
+        config = peft.LoraConfig(r=r, **shared)
+    model = peft.get_peft_model(WithLoss(copy.deepcopy(base)), config)
+    optimizer = adamw(model, s.lora_lr)
+    count = 0
+
+    def step(tokens: Tensor) -> None:
+        nonlocal count
+        loss = model.base_model(tokens).loss  # PeftModel's own forward leaves the penalty out
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if adalora:
+            count += 1
+            model.base_model.update_and_allocate(count)
+
+    return step
+
+
+CONTENDERS = {
+    LORA: step_lora,
+    f"{LORA} again": step_lora,
+    SORA: step_sora,
+    ADALORA: step_adalora,
+    PEFT_LORA: functools.partial(step_peft, adalora=False),
+    PEFT_ADALORA: functools.partial(step_peft, adalora=True),
+}
+
+
+def time_steps(base: GPT, plan: Plan, s: Settings, task: Task) -> dict[str, list[float]]:
+    """Seconds of a step of each contender, round by round, in a new order every round."""
+    wait = torch.cuda.synchronize if task.windows.is_cuda else lambda: None
+    steps = {name: make(base, plan.timed_rank, s) for name, make in CONTENDERS.items()}
+    order, seconds = random.Random(0), {name: [] for name in steps}
+    for step in steps.values():
+        for tokens in task.batches[:2]:
+            step(tokens)
+    for i in range(plan.rounds):
+        tokens = task.batches[i % len(task.batches)]
+        for name in order.sample(list(steps), len(steps)):
+            wait()
+            start = time.perf_counter()
+            steps[name](tokens)
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
+    s = PRESETS[plan.preset]
+    torch.manual_seed(s.seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = GPT(s).to(device)
+    code = stdlib_sources(s, codecs=False)
+    optimizer = torch.optim.AdamW(base.parameters(), lr=s.pretrain_lr, betas=(0.9, 0.95))
+    train(base, optimizer, [b.to(device) for b in code.batches(s, s.pretrain_steps)])
+    base = base.to(dtype)
+    points = []
+    runs = [(seed, run) for seed in range(plan.seeds) for run in (run_lora, run_sora, run_adalora)]
+    for seed, run in track(runs):
+        torch.manual_seed(seed)
+        task = Task(s, seed, plan.steps, device)
+        points += [{"seed": seed, **found} for found in run(base, plan, s, task)]
+    task = Task(s, 0, plan.steps, device)
+    return {
+        "op": NAME,
+        "machine": machine(device),
+        "model": f"{sum(p.numel() for p in base.parameters()):,} parameters, {plan.steps} steps",
+        "before": bits_per_byte(base, task.windows),
+        "plan": plan._asdict(),
+        "points": points,
+        "seconds": time_steps(base, plan, s, task),
+    }
+
+
+# What the numbers say.
+
+
+class Curve(NamedTuple):
+    """Means over the seeds, a point for each setting, in the order of the settings."""
+
+    settings: list[str]
+    kept: list[float]
+    bits: list[float]
+    apart: list[float]  # largest less smallest bits among the seeds
+    steps: list[int]
+
+
+def curve(results: dict, method: str) -> Curve:
+    groups: dict[str, list[dict]] = {}
+    for found in results["points"]:
+        if found["method"] == method:
+            groups.setdefault(found["setting"], []).append(found)
+    of = list(groups.values())
+    return Curve(
+        list(groups),
+        [statistics.mean(p["kept"] for p in group) for group in of],
+        [statistics.mean(p["bits"] for p in group) for group in of],
+        [max(p["bits"] for p in group) - min(p["bits"] for p in group) for group in of],
+        [group[0]["steps"] for group in of],
+    )
+
+
+def at_equal_parameters(lora: Curve, parameters: float) -> float | None:
+    """Bits of LoRA with so many parameters: between its ranks by the logarithm of their number,
+    None outside them."""
+    pairs = sorted(zip(lora.kept, lora.bits, strict=True))
+    for (k0, b0), (k1, b1) in itertools.pairwise(pairs):
+        if k0 <= parameters <= k1:
+            return b0 + (b1 - b0) * math.log(parameters / k0) / math.log(k1 / k0)
+    return None
+
+
+def over(results: dict, name: str, other: str) -> float:
+    """The median, over rounds, of the time of a step of one in that of another."""
+    pairs = zip(results["seconds"][name], results["seconds"][other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def verdicts(results: dict) -> list[tuple[str, str, bool]]:
+    """(the claim, what was measured, whether it holds)."""
+    lora, sora = curve(results, LORA), curve(results, SORA)
+    noise = statistics.mean(lora.apart)
+    found = []
+    for setting, parameters, bits, steps in zip(
+        sora.settings, sora.kept, sora.bits, sora.steps, strict=True
+    ):
+        other = at_equal_parameters(lora, parameters)
+        if other is None:
+            continue
+        said = (
+            f"{setting}, {parameters:,.0f} parameters, {steps} steps: {bits:.4f} bits, LoRA "
+            f"{other:.4f}; LoRA's seeds are {noise:.4f} apart"
+        )
+        found.append(("SoRA at equal parameters is at least as good", said, bits <= other + noise))
+    share = [parameters / max(lora.kept) for parameters in sora.kept]
+    fewer = [i for i, part in enumerate(share) if part <= 0.7]
+    if fewer:
+        i, best = fewer[0], lora.bits[lora.kept.index(max(lora.kept))]
+        said = (
+            f"{share[i]:.0%} of LoRA's largest at {sora.settings[i]}: {sora.bits[i]:.4f} bits, "
+            f"LoRA {best:.4f}"
+        )
+        found.append(
+            ("quality is held at 70 % of the parameters", said, sora.bits[i] <= best + noise)
+        )
+    for claim, name, other, bound in (
+        ("a step of SoRA takes at most 1.03 of LoRA's", SORA, LORA, 1.03),
+        ("a step of SoRA takes less than 0.9 of PEFT AdaLoRA's", SORA, PEFT_ADALORA, 0.9),
+    ):
+        ratio = over(results, name, other)
+        again = over(results, f"{LORA} again", LORA)
+        said = f"{ratio:.3f}; LoRA in itself: {again:.3f}"
+        found.append((claim, said, ratio <= bound))
+    return found
+
+
+def markdown(results: dict) -> str:
+    plan, facts = results["plan"], results["machine"]
+    lines = [f"# {NAME}", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
+    lines += [
+        f"{results['model']}, {plan['seeds']} seeds; before adapting: {results['before']:.4f} bits "
+        f"per byte of held-out prose.",
+        "",
+        "| method | setting | parameters kept | bits a byte | seeds apart | steps |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for method in (LORA, SORA, ADALORA):
+        for row in zip(*curve(results, method), strict=True):
+            setting, parameters, bits, apart, steps = row
+            lines.append(
+                f"| {method} | {setting} | {parameters:,.0f} | {bits:.4f} | {apart:.4f} | {steps} |"
+            )
+    lines += ["", "| a step of | ms: p50 [p20 - p80] | of LoRA's |", "| --- | --- | --- |"]
+    for name, seconds in results["seconds"].items():
+        p20, p50, p80 = (1e3 * t for t in Spread.of(seconds))
+        ratio = over(results, name, LORA)
+        lines.append(f"| {name} | {p50:.4g} [{p20:.4g} - {p80:.4g}] | {ratio:.3f} |")
+    lines += ["", "| claim | measured | holds |", "| --- | --- | --- |"]
+    lines += [f"| {c} | {said} | {'yes' if ok else 'NO'} |" for c, said, ok in verdicts(results)]
+    return "\n".join(lines) + "\n"
+
+
+COLORS = {LORA: "#8d99ae", SORA: "#d1495b", ADALORA: "#2a6f97"}
+
+
+def draw(results: dict, path: Path) -> None:
+    from fused_lora.bench.plots import GRID, INK, _figure
+
+    if (figure := _figure(path, figsize=(10, 4.2))) is None:
+        return
+    quality, speed = figure.subplots(1, 2, width_ratios=(3, 2))
+    for method, color in COLORS.items():
+        found = curve(results, method)
+        half = [apart / 2 for apart in found.apart]
+        quality.errorbar(found.kept, found.bits, half, color=color, marker="o", label=method)
+    quality.set_xscale("log")
+    quality.set(xlabel="parameters kept", ylabel="bits a byte of held-out prose")
+    quality.legend(frameon=False)
+    names = list(results["seconds"])[::-1]
+    ratios = [over(results, name, LORA) for name in names]
+    speed.barh(names, ratios, color=[COLORS.get(name, "#c9d1d9") for name in names])
+    speed.axvline(1, color=INK, linewidth=0.8)
+    speed.set_xlabel("time of a step, of LoRA's")
+    for axes in (quality, speed):
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    facts = results["machine"]
+    figure.suptitle(f"LoRA, SoRA and AdaLoRA on {facts['device']}", color=INK)
+    figure.savefig(path, dpi=110)
+
+
+def save(results: dict, folder: Path) -> Path:
+    """Write methods.json, .md and .png; returns their path without suffix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
+    draw(results, path.with_suffix(".png"))
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_lora.bench.methods", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--stage", choices=sorted(STAGES), help="default: by the device")
+    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args(arguments)
+    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
+    device = torch.device(chosen.device)
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    stage = chosen.stage or ("gpu" if device.type == "cuda" else "cpu")
+    results = measure(STAGES[stage], device, progress)
+    path = save(results, chosen.out)
+    print(path.with_suffix(".md").read_text())
+    print(f"{path}: .json, .md, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,328 @@
+"""Adapters of a model, to a folder and back."""
+
+import functools
+import os
+import re
+import shlex
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_lora.checkpoint.adalora import PEFT_TYPE, load_adalora, save_adalora
+from fused_lora.checkpoint.files import adapter_files, read_json
+from fused_lora.checkpoint.formats import AdapterWeights
+from fused_lora.checkpoint.reading import Adapter, read_folder
+from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
+from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
+from fused_lora.nn.adalora import AdaLoRALinear
+from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype
+from fused_lora.nn.checks import check_linear, is_quantised
+from fused_lora.nn.linear import LoRALinear, SoRALinear
+
+# Of these it is known that A, B, scale and gate are all that they are.
+KINDS = LoRALinear, SoRALinear, LoRAAdapter
+Layer = LoRALinear | LoRAAdapter
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within torch.compile and DistributedDataParallel."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, ADAPTED):
+        raise TypeError("model is itself an adapted layer, without a name; give what contains it")
+    inner = model.module if isinstance(model, DistributedDataParallel) else None
+    inner = getattr(model, "_orig_mod", inner)
+    return model if inner is None else _unwrapped(inner)
+
+
+def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """{name: module} of every name, "" for the model; without the names that torch.compile adds,
+    and without what is within a LoRAAdapter, which stands for its base."""
+    modules = model.named_modules(remove_duplicate=False)
+    names = {name.replace("_orig_mod.", ""): module for name, module in modules}
+    around = tuple(f"{name}." for name, m in names.items() if isinstance(m, LoRAAdapter))
+    return {name: m for name, m in names.items() if not name.startswith(around)}
+
+
+def _adapted(names: Mapping[str, torch.nn.Module]) -> dict[str, Layer]:
+    """The adapted layers, each under its first name."""
+    first: dict[int, str] = {}
+    for name, module in names.items():
+        first.setdefault(id(module), name)
+    return {n: m for n, m in names.items() if isinstance(m, ADAPTED) and first[id(m)] == n}
+
+
+def _other_tensors(
+    names: Mapping[str, torch.nn.Module],
+    layers: Iterable[str],
+    modules_to_save: Iterable[str],
+    bias: str,
+) -> dict[str, Tensor]:
+    """{name: tensor} of what is trained beside the adapters; the tensors of the model itself."""
+    found = {
+        f"{name}.{own}": t
+        for name in modules_to_save
+        for own, t in names[name].state_dict(keep_vars=True).items()
+        if isinstance(t, Tensor)
+    }
+    for name in {"none": [], "lora_only": layers, "all": names}[bias]:
+        module = names[name]
+        base = module.base_layer if isinstance(module, LoRAAdapter) else module
+        parameter = base._parameters.get("bias")
+        if parameter is not None:
+            found[f"{name}.bias" if name else "bias"] = parameter
+    return found
+
+
+def _whole(model: torch.nn.Module, names: Mapping[str, torch.nn.Module]) -> tuple[list[str], str]:
+    """(modules_to_save by their names, bias) of a model that inject has adapted."""
+    config = getattr(model, "fused_lora_config", None)
+    if config is None:
+        return [], "none"
+    entries = config.modules_to_save or []
+    saved = [n for n, m in names.items() if _matches(entries, n) and not isinstance(m, ADAPTED)]
+    return saved, config.bias
+
+
+def _weights(name: str, layer: Layer, fold_gate: bool) -> AdapterWeights:
+    weights = AdapterWeights(layer.lora_a, layer.lora_b, layer.scale, layer.gate)
+    if fold_gate:
+        return folded(weights)
+    if type(layer) not in KINDS:
+        raise TypeError(
+            f"{name} is a {type(layer).__name__}, which has no format of a checkpoint; "
+            f"fold_gate=True writes what it computes as plain LoRA"
+        )
+    return weights
+
+
+@torch.no_grad()
+def save_adapter(
+    model: torch.nn.Module, dir: str | os.PathLike[str], fold_gate: bool = False
+) -> None:
+    """Write the adapters of model into the folder dir, in PEFT's format.
+
+    adapter_config.json and adapter_model.safetensors, from LoRALinear and LoRAAdapter layers, are
+    what PeftModel.from_pretrained loads: layers may differ in rank and scale (rank_pattern,
+    alpha_pattern), and layers that are plain again, as after pruning, are none of its targets. What
+    fl.inject's config trains besides, biases and modules_to_save, goes into the same file. Merged
+    or not, A and B are saved.
+
+    SoRALinear layers are saved with their gates as peft_type "SORA", which PEFT refuses aloud and
+    load_adapter reads; AdaLoRALinear layers as PEFT's AdaLoRA, by checkpoint.adalora.save_adalora,
+    which has more options. fold_gate writes plain LoRA for PEFT instead: B <- round(B diag(g)), in
+    fp32.
+
+    The folder changes as one step: whenever the process ends, it holds the old adapter or the new
+    one. One process at a time may save into a folder.
+
+    Raises before anything is written: TypeError for a model of another kind, a layer of an unknown
+    class, and dtypes other than fp32, fp16 and bf16; ValueError where no layer is adapted, where
+    some layers have a gate and others none, for a rank above 4096, and for NaN or infinity.
+    A module that is at several places of the model is a warning: PEFT adapts only the first.
+    """
+    model = _unwrapped(model)
+    names = _names(model)
+    layers = _adapted(names)
+    if not layers:
+        raise ValueError("model has no LoRALinear; there is no adapter to save")
+    if not fold_gate and any(isinstance(layer, AdaLoRALinear) for layer in layers.values()):
+        return save_adalora(model, Path(dir))
+    weights = {name: _weights(name, layer, fold_gate) for name, layer in layers.items()}
+    gated = [name for name, w in weights.items() if w.gate is not None]
+    if 0 < len(gated) < len(layers):
+        raise ValueError(
+            f"{len(gated)} of {len(layers)} layers have a gate; a checkpoint has one in every "
+            f"layer or in none: fold_gate=True folds them into lora_b"
+        )
+    saved, bias = _whole(model, names)
+    _warn_of_peft(names, layers, saved)
+    dropouts = Counter(layer.lora_dropout for layer in layers.values())
+    if len(dropouts) > 1:
+        warnings.warn(
+            f"lora_dropout differs between layers ({', '.join(f'{p:g}' for p in dropouts)}); the "
+            f"most common is saved",
+            stacklevel=3,
+        )
+    base = getattr(model, "name_or_path", None)
+    config = adapter_config(
+        weights,
+        use_rslora=all(layer.use_rslora for layer in layers.values()),
+        lora_dropout=dropouts.most_common(1)[0][0],
+        bias=bias,
+        modules_to_save=saved,
+        names=names,
+        base=base if isinstance(base, str) and base else None,
+    )
+    write_adapter(Path(dir), config, weights, _other_tensors(names, layers, saved, bias))
+
+
+def _warn_of_peft(
+    names: Mapping[str, torch.nn.Module], layers: Mapping[str, Layer], saved: list[str]
+) -> None:
+    """What load_adapter reads rightly, and PEFT does not."""
+    adapted = {id(layer) for layer in layers.values()}
+    if again := [n for n, m in names.items() if id(m) in adapted and n not in layers]:
+        warnings.warn(
+            f"{again[0]} is a layer that is at several places; PEFT adapts only the first",
+            stacklevel=4,
+        )
+    if more := [n for n in names if n not in saved and n.endswith(tuple(saved))]:
+        warnings.warn(
+            f"PEFT takes {more[0]} for one of modules_to_save, {saved}, whose name it ends with, "
+            f"and will miss its weights",
+            stacklevel=4,
+        )
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.nn.Module:
+    """Read the adapter in the folder dir, PEFT's LoRA or save_adapter's, into model; returns model.
+
+    A folder of PEFT's AdaLoRA is read by checkpoint.adalora.load_adalora.
+
+    A model without adapters gets them in the layers that the folder has, as by fl.inject:
+    SoRALinear where there are gates, else LoRALinear, and LoRAAdapter around a quantised layer,
+    everything else frozen; bias and
+    modules_to_save as the config says. A and B keep the file's dtype or go to a wider one.
+
+    A model with adapters takes the values into the Parameters that it has, rounded to their dtype,
+    and the scale of the file. Its layers, their ranks, and what else is trained must be those of
+    the file. A layer that has a gate takes an adapter without gates with gates of one.
+
+    The folder is not trusted: see fused_lora.checkpoint.read_adapter for what is refused. Nothing
+    of model is changed where one of these is raised: what read_adapter raises, ValueError for
+    layers, shapes or ranks that do not fit, with the nearest names, TypeError for layers that are
+    neither a plain nn.Linear nor quantised, RuntimeError for a merged layer.
+    """
+    whole, model = model, _unwrapped(model)
+    names = _names(model)
+    layers = _adapted(names)
+    if not layers and isinstance(whole, DistributedDataParallel):
+        raise RuntimeError("load before DistributedDataParallel: it reduces no new parameters")
+    if read_json(adapter_files(Path(dir))[0]).get("peft_type") == PEFT_TYPE:
+        load_adalora(model, Path(dir))
+        return whole
+    adapter = read_folder(Path(dir))
+    if layers:
+        saved, bias = _whole(model, names)
+        _check_layers(dir, adapter, layers)
+        _check_others(dir, adapter, _other_tensors(names, layers, saved, bias))
+    else:
+        config, dtype = _plan(dir, adapter, names)
+        inject(model, config, adapter_dtype=dtype)
+        names = _names(model)
+        saved, bias = _whole(model, names)
+    for name, weights in adapter.layers.items():
+        layer: Layer = names[name]  # type: ignore[assignment]
+        layer.use_rslora = bool(adapter.config.get("use_rslora"))
+        layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
+    others = _other_tensors(names, adapter.layers, saved, bias)
+    for name, t in adapter.others.items():
+        others[name].copy_(t)
+    return whole
+
+
+def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
+    """The file's layers are those of an adapted model."""
+    if unknown := [name for name in adapter.layers if name not in layers]:
+        raise ValueError(
+            f"{dir}: the model has no adapted layer {unknown[0]!r}; nearest: "
+            f"{nearest(unknown[:1], layers)}"
+        )
+    if lacking := [name for name in layers if name not in adapter.layers]:
+        raise ValueError(
+            f"{dir} has no adapter for {lacking[0]!r} and {len(lacking) - 1} more of the model's "
+            f"{len(layers)} adapted layers; load it into a model without adapters"
+        )
+    for name, weights in adapter.layers.items():
+        layer = layers[name]
+        if type(layer) not in KINDS:
+            raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
+        if isinstance(layer, LoRALinear) and layer.merged:
+            raise RuntimeError(f"{name} is merged; call fl.unmerge(model) before loading into it")
+        if weights.gate is not None and layer.gate is None:
+            raise ValueError(
+                f"{dir} has a gate for {name}, which is a {type(layer).__name__}; fold the gates "
+                f"first: fused-lora convert {shlex.quote(str(dir))} {shlex.quote(f'{dir}-folded')}"
+            )
+        for part in ("lora_a", "lora_b"):
+            mine, t = getattr(layer, part), getattr(weights, part)
+            _check_shape(f"{dir}: {part} of {name}", t, mine.shape)
+            _check_cast(f"{dir}: {part} of {name}", t, mine.dtype)
+
+
+def _check_shape(what: str, t: Tensor, shape: Iterable[int]) -> None:
+    if list(t.shape) != list(shape):
+        raise ValueError(f"{what} has shape {list(t.shape)}; the model's has {list(shape)}")
+
+
+def _check_cast(what: str, t: Tensor, dtype: torch.dtype) -> None:
+    if t.is_floating_point() and not bool(t.to(dtype).isfinite().all()):
+        raise ValueError(f"{what} has values that {dtype} cannot hold")
+
+
+def _check_others(dir, adapter: Adapter, mine: Mapping[str, Tensor]) -> None:
+    """Biases and modules that are trained whole are the same in the file and the model."""
+    missing = sorted(set(mine) - set(adapter.others))
+    unexpected = sorted(set(adapter.others) - set(mine))
+    if missing or unexpected:
+        raise ValueError(
+            f"{dir}: bias and modules_to_save do not fit the model: missing "
+            f"{missing or 'nothing'}, unexpected {unexpected or 'none'}"
+        )
+    for name, t in adapter.others.items():
+        _check_shape(f"{dir}: {name}", t, mine[name].shape)
+        if t.is_floating_point() != mine[name].is_floating_point() or not (
+            t.is_floating_point() or t.dtype == mine[name].dtype
+        ):
+            raise TypeError(f"{dir}: {name} is {t.dtype}; the model's is {mine[name].dtype}")
+        _check_cast(f"{dir}: {name}", t, mine[name].dtype)
+
+
+def _plan(
+    dir, adapter: Adapter, names: Mapping[str, torch.nn.Module]
+) -> tuple[LoRAConfig, torch.dtype | None]:
+    """(config, adapter_dtype) with which inject adapts exactly the layers of the file."""
+    linears = [name for name, m in names.items() if isinstance(m, torch.nn.Linear)]
+    # PEFT's rule: every module whose name ends so.
+    entries = tuple(adapter.config.get("modules_to_save") or ())
+    saved = [name for name in names if entries and name.endswith(entries)]
+    first: dict[int, str] = {}
+    wider = False
+    for name, weights in adapter.layers.items():
+        if name not in names:
+            raise ValueError(
+                f"{dir}: the model has no module {name!r}; nearest: {nearest([name], linears)}"
+            )
+        linear: torch.nn.Linear = names[name]  # type: ignore[assignment]
+        if not is_quantised(linear):
+            check_linear(f"{dir}: {name}", linear)
+        if _lies_in(saved, name) or first.setdefault(id(linear), name) != name:
+            other = first.get(id(linear), "one of modules_to_save")
+            raise ValueError(f"{dir}: {name} has an adapter, and is {other} too")
+        R = weights.lora_a.shape[0]
+        N, K = linear.out_features, linear.in_features
+        _check_shape(f"{dir}: lora_a of {name}", weights.lora_a, (R, K))
+        _check_shape(f"{dir}: lora_b of {name}", weights.lora_b, (N, R))
+        dtypes = weights.lora_a.dtype, weights.lora_b.dtype, weight_dtype(linear)
+        wider |= functools.reduce(torch.promote_types, dtypes) != dtypes[-1]
+    bias = adapter.config.get("bias") or "none"
+    _check_others(dir, adapter, _other_tensors(names, adapter.layers, saved, bias))
+    config = LoRAConfig(
+        r=adapter.config["r"],
+        lora_alpha=adapter.config["lora_alpha"],
+        lora_dropout=adapter.config.get("lora_dropout") or 0.0,
+        target_modules="|".join(map(re.escape, adapter.layers)),
+        use_rslora=bool(adapter.config.get("use_rslora")),
+        bias=bias,
+        modules_to_save=saved or None,
+        gate=any(w.gate is not None for w in adapter.layers.values()),
+        gate_init="ones",
+    )
+    return config, torch.float32 if wider else None
