@@ -3,21 +3,20 @@
     FUSED_LORA_TUNING=bench/gluon.json python -m fused_lora.bench.hopper [--out DIR]
 
 Numerics: every tile on sizes of every kind, against fp64; the same bits when it is run again, and
-when it begins while shrink still runs. Times: the bare product beside cuBLAS's, then the product
-with an adapter, on the layers of Llama 8B and 70B. Writes hopper.json. Exit status: 1 where a
-result was wrong.
+when it begins while shrink still runs. Times: the base product beside cuBLAS's, then with an
+adapter, of forward, dx, and dx of layers that share x, in Llama 8B and 70B. Writes hopper.json.
+Exit status: 1 where a result was wrong.
 """
 
 import argparse
+import functools
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from fused_lora.bench.report import machine
 
 from fused_lora import tune
@@ -35,7 +34,7 @@ NUMERIC = [
         (2837, 1120, 4128, 200, BF16),
         (8192, 4096, 4096, 64, BF16),
     )
-]
+] + [Case(form, 257, 640, 1056, 24, BF16, (384, 128, 128)) for form in ("dx", "masked dx")]
 ROWS = 2048, 8192
 AGAIN = 20  # runs that must give the same bits
 ROUNDS = 20
@@ -89,54 +88,71 @@ def _overlapped(total: tune.Sum, config: dict, hopper) -> None:
 
 
 def calls(case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is timed: the products alone, then with an adapter."""
+    """What is timed: the base product alone, then with an adapter; of dx also the whole backward.
+
+    A forward with an adapter begins with shrink.
+    """
     from fused_lora.triton_kernels import routes
     from fused_lora.triton_kernels import segment_gemm_hopper as hopper
     from fused_lora.triton_kernels.shrink import shrink
 
-    (x, weight), (_, b) = tune.draw(case, device).segments
-    a = torch.randn(case.R, case.K, dtype=case.dtype, device=device)
+    from fused_lora.ops import lora_linear
 
-    def fused(config):
-        t, _ = shrink(x, a)
-        return hopper.segment_gemm([(x, weight), (t, b)], config=config, early=1)
+    segments = tune.draw(case, device).segments
+    *base, (t, b) = segments
 
-    def addmm():
-        t, _ = shrink(x, a)
-        return routes.by_torch([(x, weight), (t, b)])
+    def new(*shape):
+        return torch.randn(*shape, dtype=case.dtype, device=device)
+
+    x, a = new(case.M, case.K), new(case.R, case.K)
+
+    def adapted(product, **options):
+        left = shrink(base[0][0], a)[0] if case.form == "forward" else t
+        return product([*base, (left, b)], **options)
 
     found: dict[str, Callable[[], object]] = {
-        "cublas": lambda: F.linear(x, weight),
-        "triton": lambda: routes.plain.segment_gemm([(x, weight)]),
-        "with an adapter: cublas, addmm": addmm,
+        "cublas": lambda: routes.by_torch(base),
+        "triton": lambda: routes.plain.segment_gemm(base),
+        "with an adapter: cublas, addmm": lambda: adapted(routes.by_torch),
     }
     for config in tiles():
-        found[name(config)] = lambda c=config: hopper.segment_gemm([(x, weight)], config=c)
-        found[f"with an adapter: {name(config)}"] = lambda c=config: fused(c)
+        product = functools.partial(hopper.segment_gemm, config=config)
+        found[name(config)] = functools.partial(product, base)
+        found[f"with an adapter: {name(config)}"] = functools.partial(
+            adapted, product, early=len(base)
+        )
+    if case.form == "dx" and len(base) == 1:
+        dy, weight, lora_b = base[0][0], base[0][1].t(), new(case.N, case.R)
+        needs, dtypes = (True, True, True, False), (case.dtype, case.dtype)
+        found["backward"] = lambda: lora_linear.backward_kernels(
+            "triton", dy, x, weight, a, lora_b, None, t, None, 1.0, 0.0, needs, dtypes
+        )
     return found
 
 
-def times(cases: Iterable[Case], device: torch.device, timer: Callable) -> list[dict]:
-    """{"case", "us": {call: median}} of each case, the calls in turns."""
+def times(cases: Iterable[Case], device: torch.device, timer: tune.Stopwatch) -> list[dict]:
+    """{"case", its sizes, "us": {call: median}} of each case, the calls in turns."""
     found = []
     for case in cases:
         work = calls(case, device)
-        seconds: dict[str, list[float]] = {key: [] for key in work}
-        for _ in range(ROUNDS):
-            for key, call in work.items():
-                seconds[key].append(timer(call))
-        medians = {key: 1e6 * statistics.median(all_[1:]) for key, all_ in seconds.items()}
-        found.append({"case": str(case), "us": medians})
+        medians = tune.medians([timer(call) for call in work.values()], ROUNDS)
+        us = {key: 1e6 * seconds for key, seconds in zip(work, medians, strict=True)}
+        sizes = {key: value for key, value in case._asdict().items() if key != "dtype"}
+        found.append({"case": str(case), **sizes, "us": us})
     return found
 
 
+def best(us: dict[str, float], kind: str = "") -> float:
+    """The time of the fastest tile, of the base product or "with an adapter: "."""
+    return min(t for key, t in us.items() if key.startswith(f"{kind}gluon"))
+
+
 def table(found: list[dict]) -> str:
-    """Rates over cuBLAS's bare product: the best tile, and the best with an adapter."""
+    """The best tile's rate over cuBLAS's; times with an adapter over cuBLAS's base product."""
     lines = [f"{'':44} cublas us   gluon   with an adapter: gluon   cublas, addmm"]
     for row in found:
         us, base = row["us"], row["us"]["cublas"]
-        bare = base / min(t for key, t in us.items() if key.startswith("gluon"))
-        ours = min(t for key, t in us.items() if key.startswith("with an adapter: gluon")) / base
+        bare, ours = base / best(us), best(us, "with an adapter: ") / base
         theirs = us["with an adapter: cublas, addmm"] / base
         lines.append(f"{row['case']:44} {base:9.1f} {bare:7.3f} {ours:24.3f} {theirs:15.3f}")
     return "\n".join(lines)
@@ -166,7 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{row['case']}, {row['tile']}: {row['why']}", file=sys.stderr)
     print(f"{len(result['numerics']) - len(wrong)} of {len(result['numerics'])} results are right")
     if not wrong:
-        cases = [Case("forward", M, N, K, 16, BF16) for M in ROWS for N, K in tune.SHAPES]
+        cases = [
+            Case(form, M, N, K, 16, BF16)
+            for form in ("forward", "dx")
+            for M in ROWS
+            for N, K in tune.SHAPES
+        ]
+        for parts, K in tune.GROUPS:
+            cases.append(Case("dx", ROWS[-1], sum(parts), K, 16 * len(parts), BF16, parts))
         result["times"] = times(cases, device, tune.Timer(device))
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(table(result["times"]))

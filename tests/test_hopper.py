@@ -468,13 +468,16 @@ def test_the_benchmark_on_a_gpu_that_is_emulated(tmp_path, monkeypatch, capsys):
     cpu, fp16 = torch.device("cpu"), torch.float16
     cases = [Case(form, 40, 64, 96, 8, fp16) for form in tune.FORMS]
     assert [row["why"] for row in hopper.numerics(cases, cpu)] == [""] * 3
+    masked = cases.pop()
     install(monkeypatch, fault=FAULTS["no bias"]).module.refuses = lambda *a, **b: "broken"
-    assert {row["why"] for row in hopper.numerics(cases, cpu)} == {
+    assert {row["why"] for row in hopper.numerics([*cases, masked], cpu)} == {
         "RuntimeError: segment_gemm: broken"
     }
     install(monkeypatch)
-    found = hopper.times(cases[:1], cpu, lambda call: call() is not None and 2e-6)
-    assert set(found[0]["us"].values()) == {2.0} and len(found[0]["us"]) == 5
+    cases.append(Case("dx", 40, 96, 64, 8, fp16, (64, 32)))
+    found = hopper.times(cases, cpu, lambda call: lambda: call() is not None and 2e-6)
+    assert {t for row in found for t in row["us"].values()} == {2.0}
+    assert [len(row["us"]) for row in found] == [5, 6, 5]
     assert hopper.table(found).splitlines()[1].split()[-4:] == ["2.0", "1.000", "1.000", "1.000"]
 
 

@@ -178,9 +178,12 @@ def test_the_fastest_candidate_becomes_the_row(form, table):
     clock = iter(range(10**6))
 
     def timer(work):
-        work()
-        turn = next(clock)
-        return 1e-6 if turn % len(names) == len(names) - 1 else 2e-6 + 1e-9 * turn
+        def seconds():
+            work()
+            turn = next(clock)
+            return 1e-6 if turn % len(names) == len(names) - 1 else 2e-6 + 1e-9 * turn
+
+        return seconds
 
     (row,), failed = tune.tune([case], path, CPU, timer)
     best = json.loads(names[-1])
@@ -197,13 +200,13 @@ def test_a_wrong_or_broken_candidate_is_not_timed(table, monkeypatch):
 
     monkeypatch.setattr(routes.plain, "segment_gemm", wrong)
     case = tune.Case("forward", 8, 8, 8, 8, torch.float32)
-    (row,), failed = tune.tune([case], table(), CPU, lambda work: 1.0)
+    (row,), failed = tune.tune([case], table(), CPU, lambda work: lambda: 1.0)
     assert row["route"] == "torch" and row["torch us"] == 1e6
     (reasons,) = failed.values()
     assert set(reasons.values()) == {"RuntimeError: no such tile"}
     monkeypatch.setattr(routes, "by_torch", lambda segments: segments[0][0] * 2)
     with pytest.raises(RuntimeError, match="no kernel makes forward M=8 8x8 r=8 float32"):
-        tune.tune([case], table(), CPU, lambda work: 1.0)
+        tune.tune([case], table(), CPU, lambda work: lambda: 1.0)
 
 
 def test_rows_for_other_sizes_are_kept(table):
@@ -211,7 +214,7 @@ def test_rows_for_other_sizes_are_kept(table):
     other = SIZES | {"M": 8, "route": "gluon"}
     path = table(other)
     for _ in range(2):
-        tune.tune([case], path, CPU, lambda work: 1.0)
+        tune.tune([case], path, CPU, lambda work: lambda: 1.0)
         rows = json.loads(path.read_text())["rows"]
         assert len(rows) == 2 and other in rows
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
@@ -246,7 +249,7 @@ def test_the_command(table, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "triton_refuses", lambda x: None)
     monkeypatch.setattr(torch, "empty", lambda *shape, **where: None)
-    monkeypatch.setattr(tune, "Timer", lambda device: lambda work: 1e-3)
+    monkeypatch.setattr(tune, "Timer", lambda device: lambda work: lambda: 1e-3)
     row = {"route": "torch", "us": 1000.0, "torch us": 1000.0}
     monkeypatch.setattr(tune, "measure", lambda case, *rest: (row | {"M": case.M}, {}))
     arguments = ["--shapes", "64x32", "--rows", "16,32", "--form", "forward", "--dtype", "fp16"]

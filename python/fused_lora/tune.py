@@ -6,6 +6,7 @@ Nothing is tuned at run time.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -39,7 +40,7 @@ GROUPS = (
 )
 ROWS = 512, 2048, 8192
 FORMS = "forward", "dx", "masked dx"
-ROUNDS = 12  # the first is not counted
+ROUNDS = 12
 COLD_BYTES = 2**28  # written before each call: more than an L2 cache holds
 CHECKED_ROWS = 64
 KEEP_SCALE = 1.25
@@ -143,48 +144,68 @@ def truth(total: Sum) -> tuple[Truth, Tensor]:
 
 
 class Timer:
-    """Seconds of one call on the current CUDA device, with its L2 cache full of other things."""
+    """Makes of a call a function that does its work on the current CUDA device, with other things
+    in the L2 cache, and returns its seconds. It is a CUDA graph: Python's time is not in them.
+    """
 
     def __init__(self, device: torch.device):
         self.other = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], object]) -> float:
-        self.other.zero_()
-        self.begin.record()
-        work()
-        self.end.record()
-        self.end.synchronize()
-        return 1e-3 * self.begin.elapsed_time(self.end)
+    def __call__(self, work: Callable[[], object]) -> Callable[[], float]:
+        work()  # what is compiled or allocated at the first call cannot be captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+
+        def seconds() -> float:
+            self.other.zero_()
+            self.begin.record()
+            graph.replay()
+            self.end.record()
+            self.end.synchronize()
+            return 1e-3 * self.begin.elapsed_time(self.end)
+
+        return seconds
 
 
-def measure(case: Case, device: torch.device, timer: Callable) -> tuple[dict, dict[str, str]]:
+Stopwatch = Callable[[Callable[[], object]], Callable[[], float]]
+
+
+def medians(timers: Sequence[Callable[[], float]], rounds: int) -> list[float]:
+    """Of each, called in turns with the others; the first round is not counted."""
+    times: list[list[float]] = [[] for _ in timers]
+    for _ in range(rounds):
+        for timer, seconds in zip(timers, times, strict=True):
+            seconds.append(timer())
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
+def measure(case: Case, device: torch.device, timer: Stopwatch) -> tuple[dict, dict[str, str]]:
     """(a row of the table for the case, {candidate: why it was not timed})."""
     from fused_lora.triton_kernels import routes
 
     total = draw(case, device)
     check, rows = truth(total)
-    sound, failed = [], {}
+    sound, timers, failed = [], [], {}
     for candidate in candidates(total):
         try:
             check.check(["y"], [call(candidate, total)[rows]])
+            timers.append(timer(functools.partial(call, candidate, total)))
         except Exception as error:  # of the compiler, of the driver, or a wrong result
             failed[json.dumps(candidate)] = f"{type(error).__name__}: {error}"
         else:
             sound.append(candidate)
     if not sound:
         raise RuntimeError(f"no kernel makes {case}: {failed}")
-    times: list[list[float]] = [[] for _ in sound]
-    for _ in range(ROUNDS):
-        for candidate, seconds in zip(sound, times, strict=True):
-            seconds.append(timer(lambda candidate=candidate: call(candidate, total)))
-    medians = [statistics.median(seconds[1:]) for seconds in times]
-    best = min(range(len(sound)), key=medians.__getitem__)
-    by_torch = [m for c, m in zip(sound, medians, strict=True) if c["route"] == "torch"]
+    times = medians(timers, ROUNDS)
+    best = min(range(len(sound)), key=times.__getitem__)
+    by_torch = [t for c, t in zip(sound, times, strict=True) if c["route"] == "torch"]
     return {
         **routes.sizes(*total),
         **sound[best],
-        "us": round(1e6 * medians[best], 2),
+        "us": round(1e6 * times[best], 2),
         "torch us": round(1e6 * by_torch[0], 2) if by_torch else None,
     }, failed
 
@@ -220,7 +241,7 @@ def tune(
     cases: Sequence[Case],
     path: Path,
     device: torch.device,
-    timer: Callable[[Callable[[], object]], float],
+    timer: Stopwatch,
     track: Callable[[Sequence[Case]], Iterable[Case]] = iter,
 ) -> tuple[list[dict], dict[str, dict[str, str]]]:
     """Measure the cases and put their rows into the table at `path`, after every case.
