@@ -9,7 +9,7 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-group bench-compiled bench-grid steps methods dram demo report)
+    bench-group bench-compiled bench-grid hopper tune steps methods dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
     tests/test_lora_linear.py tests/test_lora_add.py tests/test_lora_linear_group.py
     tests/test_multi_lora_linear.py tests/test_soft_threshold.py tests/test_dept_embedding.py tests/test_lora_embedding.py
@@ -130,6 +130,15 @@ for stage in "${chosen[@]}"; do
             ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
+        hopper)
+            # The Gluon kernel: alone, then under the ops, which this table sends to it where it can run.
+            export FUSED_LORA_TUNING=$PWD/bench/gluon.json
+            shared 2 bench hopper fused_lora.bench.hopper
+            shared 2 tests hopper tests/test_hopper.py tests/test_segment_gemm.py tests/test_lora_linear.py \
+                tests/test_lora_linear_group.py
+            unset FUSED_LORA_TUNING
+            ;;
+        tune) step tune "$python" -m fused_lora.cli tune --out "$out/tuning.json" --rows 2048,8192 ;;
         steps) bench steps fused_lora.bench.step --seconds 240 ;;
         methods)
             shared 2 step methods "$python" -m fused_lora.bench.methods --out "$out"

@@ -8,10 +8,12 @@ of its own: what was imported under TRITON_INTERPRET cannot be compiled.
 """
 
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -350,6 +352,22 @@ def compile_group(group: list[Case]) -> dict:
         launch()
         cases[name] = list(LAUNCHED)
     return {"kernels": dict(KERNELS), "cases": cases}
+
+
+def facts_of(harness: str, extent: str, folder: Path) -> dict:
+    """What the script `harness` reads from the cubins, made once where several workers ask."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    script = Path(__file__).with_name(harness)
+    path = folder / f"{script.stem}.json"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            env = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+            # Machine code names its source files: what another checkout compiled names others.
+            env["TRITON_CACHE_DIR"] = str(script.parents[1] / "build" / "compiled")
+            subprocess.run([sys.executable, script, path, extent], env=env, check=True)
+    return json.loads(path.read_text())
 
 
 def main(path: str, extent: str = "default"):

@@ -482,6 +482,28 @@ def test_targets_of_many_adapters(tmp_path):
         assert "1.34  met" in lines["decode 64 rows of 64 adapters over its floor"]
 
 
+def test_targets_on_the_route_to_the_gluon_kernel(tmp_path):
+    """Of sums: forward with shrink, backward, and dx of q, k and v; by the fastest tile."""
+
+    def row(form, N, K, *parts, **us):
+        tiles = {"gluon 1x1x1": 9.0, "gluon 2x2x2": 1.0}
+        adapted = {f"with an adapter: {tile}": 1.1 * t for tile, t in tiles.items()}
+        us |= {"cublas": 1.0, "with an adapter: cublas, addmm": 1.3, **tiles, **adapted}
+        return {"form": form, "M": 8192, "N": N, "K": K, "parts": parts, "us": us}
+
+    times = [row("forward", 14336, 4096), row("forward", 1024, 4096)]
+    times += [row("dx", 1024, 4096, backward=1.2), row("dx", 6144, 4096, 4096, 1024, 1024)]
+    found = {"machine": {"device": "G"}, "numerics": [], "times": times}
+    (tmp_path / "hopper.json").write_text(json.dumps(found))
+    lines = {line.split("  ")[0]: line for line in targets.table(tmp_path).splitlines()}
+    assert lines["forward 14336x4096, M >= 2048"].endswith("1.10  missed by 0.04")
+    assert lines["forward 1024x4096, M >= 2048"].endswith("1.10  met, and the aim")
+    assert lines["backward 1024x4096, M >= 2048"].endswith("1.20  met")
+    assert lines["backward 4096x4096, M >= 2048"].endswith("not measured")
+    assert lines["dx of q, k and v over three addmm_"].endswith("1.18  met")
+    assert "on G" in lines
+
+
 def test_targets_of_nothing_are_not_measured(tmp_path):
     lines = targets.table(tmp_path).splitlines()
     assert len(lines) == len(targets.TARGETS) + 2

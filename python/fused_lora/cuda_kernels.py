@@ -158,11 +158,14 @@ def tile(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
     return 64 if M > 16 else 16
 
 
-def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None):
+def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None, early=0):
     """y [M, N] = base + bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in order.
 
     mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n <= 8): after the first n segments
     the accumulator is multiplied by keep * keep_scale. base [M, N], of any strides, is not written.
+
+    early: how many of the segments were complete before the kernel launched last began; this one
+    begins when that one has ended, and need not know.
 
     A launch takes 8 segments. The segments past them are further launches, each onto the result of
     the one before, which is rounded between them.

@@ -168,7 +168,8 @@ def forward_kernels(backend, x, weight, a, b, bias, gate, seed, scale, dropout_p
         return kernels.decode(x, weight, a, b, bias, scale=scale, gate=gate), None
     drop = _dropout_args(seed, dropout_p)
     t, h = kernels.shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
-    return kernels.segment_gemm([(x, weight), (t, b)], bias=bias), h
+    # Nothing of the base product is made by shrink: it may be read while shrink still runs.
+    return kernels.segment_gemm([(x, weight), (t, b)], bias=bias, early=1), h
 
 
 def _reduce_dy(kernels, dy, b, h, gate, scale, need_dh, need_db, need_dgate, db_dtype):
@@ -214,7 +215,7 @@ def backward_kernels(
         if drop:
             dx = kernels.segment_gemm([lora, base], mask=(bits, drop[2], 1))
         else:
-            dx = kernels.segment_gemm([base, lora])
+            dx = kernels.segment_gemm([base, lora], early=1)
     return dx, da, db if need_db else None, dgate
 
 
