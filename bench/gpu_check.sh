@@ -9,10 +9,10 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-group bench-compiled bench-grid steps dram demo report)
+    bench-group bench-compiled bench-grid steps methods dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
     tests/test_lora_linear.py tests/test_lora_add.py tests/test_lora_linear_group.py
-    tests/test_multi_lora_linear.py tests/test_soft_threshold.py
+    tests/test_multi_lora_linear.py tests/test_soft_threshold.py tests/test_dept_embedding.py tests/test_lora_embedding.py
     tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
 
 usage() {
@@ -131,6 +131,10 @@ for stage in "${chosen[@]}"; do
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
         steps) bench steps fused_lora.bench.step --seconds 240 ;;
+        methods)
+            shared 2 step methods "$python" -m fused_lora.bench.methods --out "$out"
+            shared 2 step methods "$python" -m fused_lora.bench.dept --out "$out"
+            ;;
         dram) bench dram fused_lora.bench.dram ;;
         demo) step demo "$python" examples/demo.py --out "$out" ;;
         report)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, EXTENT
 from hypothesis import HealthCheck, register_random, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,12 @@ kernels = pytest.mark.parametrize("kernels", ["triton", CUDA])
 # Triton's interpreter multiplies bfloat16 bit patterns.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 DROPOUTS = (0.1, 0.3, 0.5)
+
+
+def slow(*values):
+    """A case of parametrize that the quick run leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 sizes = st.sampled_from(SIZES)
 ranks = st.sampled_from(RANKS)
@@ -40,9 +46,11 @@ register_random(TORCH_RANDOM)
 
 
 def fuzz(examples: int):
-    """Random cases; a failing one is printed with the line that reproduces it."""
+    """Random cases; a failing one is printed with the line that reproduces it. So many on a CPU in
+    the full extent, a third in the quick one, and ten times as many on a GPU."""
+    times = 10 if DEVICE == "cuda" else 1 if EXTENT == "full" else 1 / 3
     return settings(
-        max_examples=examples if DEVICE == "cpu" else 10 * examples,
+        max_examples=round(times * examples),
         deadline=None,
         print_blob=True,
         derandomize=False,

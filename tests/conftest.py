@@ -19,6 +19,16 @@ if DEVICE == "cpu":
     # Two test processes share two cores.
     torch.set_num_threads(1)
 
+# "full" repeats what the quick run says at more sizes, faults and compiled forms.
+EXTENT = os.environ.get("FUSED_LORA_EXTENT", "default")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if EXTENT != "full":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: FUSED_LORA_EXTENT=full runs it"))
+
 
 @pytest.fixture
 def device() -> torch.device:

@@ -62,7 +62,9 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
         for path in (source, source.with_suffix(".cuh"), *shared):
             key.update(path.read_bytes())
         objects[source] = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    names = " ".join(o.name for o in objects.values())
+    # Of an inline function that several files define, the linker takes the first.
+    order = sorted(objects.values(), key=lambda made: not made.name.startswith(f"{stem}-"))
+    names = " ".join(made.name for made in order)
     library = BUILD / f"emulated-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
 
     def run(*arguments):
@@ -80,7 +82,7 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
                 job.result()
         if not library.exists():
             run(
-                *("g++", "-shared", *flags, "-o", library, *objects.values()),
+                *("g++", "-shared", *flags, "-o", library, *order),
                 *(f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
                 *(f"-L{cuda}/lib64", f"-L{cuda}/lib", "-lcudart_static", "-ldl", "-lrt"),
                 "-lpthread",

@@ -51,13 +51,14 @@ def copy_package(package: Path, kernels: Path, to: Path, fault: Fault | None = N
     return to
 
 
-def plant(fault: Fault, path: Path) -> None:
+def plant(fault: Fault, path: Path, *, write: bool = True) -> None:
     source = path.read_text()
     assert source.count(fault.old) == 1, (
         f"{fault.file} holds {source.count(fault.old)} times, not once, what a fault replaces: "
         f"{fault.old!r}"
     )
-    path.write_text(source.replace(fault.old, fault.new))
+    if write:
+        path.write_text(source.replace(fault.old, fault.new))
 
 
 class _Outcomes(dict):

@@ -299,6 +299,7 @@ def compile_forms() -> list[dict]:
     return list(aot.KERNELS.values())
 
 
+@pytest.mark.slow
 def test_the_forms_compile_without_a_gpu():
     # What was imported under the interpreter cannot be compiled, and conftest asks for it on a CPU.
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -1,6 +1,6 @@
 """Every shipped configuration, compiled for the GPUs it is meant for, and its machine code.
 
-FUSED_LORA_AOT=full compiles every rank, dtype and architecture; else every row of the tables.
+FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every row of the tables.
 """
 
 import fcntl
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from aot import ARCHITECTURES, cases
+from conftest import EXTENT
 from fused_lora.triton_kernels import configs
 
-EXTENT = "full" if os.environ.get("FUSED_LORA_AOT") == "full" else "default"
 CASES = cases(EXTENT)
 # The operands that a kernel exists to read.
 BIG = {
@@ -35,7 +35,7 @@ BIG = {
 TURNED = {("segment_gemm", "rhs"), ("segment_gemm", "v"), ("row_reduce", "z"), ("shrink", "a")}
 REGISTERS = 65536  # of a multiprocessor
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.extent]
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +133,7 @@ OPS = sorted(configs.table())
 FAMILIES = {configs.family(sm): sm for sm in ARCHITECTURES["default"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("kind", configs.MAX_BLOCK_R)

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from cases import CUDA_REFUSES, DROPOUTS, fuzz, layouts, seeds
+from cases import CUDA_REFUSES, DROPOUTS, fuzz, layouts, seeds, slow
 from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,9 +161,9 @@ def test_decoding_of_many_adapters(kind, M, dtype):
     assert_accurate("y", (added,), plain_add, inputs)
 
 
-@dtypes
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("M", [9, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.bfloat16), slow(torch.float32)])
+@pytest.mark.parametrize("p", [slow(0.0), 0.3])
+@pytest.mark.parametrize("M", [9, slow(70)])
 def test_bits_do_not_depend_on_the_order_of_blocks(dtype, p, M):
     """Blocks and threads of the emulated device go in a random order; those of a GPU in any."""
     tensors = make(M, 700, 70, (3, 16, 33), dtype=dtype)
@@ -368,6 +368,7 @@ def test_bindings_refuse(message):
         BAD[message](torch.ops.fused_lora, torch.zeros(4, 8, device=DEVICE))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU compute-sanitizer looks")
 def test_no_sanitizer_complains():
     """The kernels' host code and device code under AddressSanitizer and UBSan, on every path."""

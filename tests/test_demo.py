@@ -44,6 +44,7 @@ def test_demo(tmp_path):
         assert name in run.stdout
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_is_an_error(tmp_path):
     """The fused layers get twice their scale; the curves part, and the demo says so."""
     code = (

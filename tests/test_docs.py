@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import fused_lora as fl
@@ -48,6 +49,19 @@ def test_sora():
     names = {"torch": torch, "fl": fl, "model": model, "train": train, "step": 0}
     exec(compile(code, "README.md", "exec"), names | {"evaluate": lambda model: 0.0})
     assert {type(layer) for layer in model} == {fl.nn.LoRALinear}
+
+
+def test_the_dept_of_the_readme_runs():
+    transformers = pytest.importorskip("transformers")
+    (code,) = re.findall(r"```python\n(r = fl\.nn\.dept_rank.*?)```", README, re.DOTALL)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=80, decoder_start_token_id=0, **sizes)
+    names = {"torch": torch, "fl": fl, "t5": transformers.T5ForConditionalGeneration(config)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["r"] == 30
+    ids = torch.randint(1, 80, (2, 5))
+    names["model"](input_ids=ids, labels=ids).loss.backward()
+    names["optimizer"].step()
 
 
 def test_what_the_readme_says_of_why(monkeypatch):

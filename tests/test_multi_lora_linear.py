@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DROPOUTS, DTYPES, backends, fuzz, layouts, seeds
+from cases import CUDA_REFUSES, DROPOUTS, DTYPES, backends, fuzz, layouts, seeds, slow
 from conftest import DEVICE
 from fused_lora.triton_kernels import configs
 from hypothesis import given
@@ -116,8 +116,8 @@ def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed, decode
 
 
 @backends
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", ["equal", slow("different"), slow("none"), "zipf", "some"])
+@pytest.mark.parametrize("id_dtype", [torch.int64, slow(torch.int32)])
 def test_ragged_ranks(backend, kind, id_dtype):
     check(make(70, 150, 50, RAGGED), ids_of(kind, 70, len(RAGGED), id_dtype), backend)
 
@@ -128,7 +128,7 @@ def test_64_adapters(backend):
     check(make(257, 33, 20, ranks), ids_of("some", 257, 64), backend, dropout_p=0.3, seed=3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("equal"), "different", slow("none"), slow("zipf"), "some"])
 def test_decoding(kind):
     """Few rows and many adapters: every row reads its own, over several splits of K."""
     assert configs.row_by_row(7, 7)
@@ -447,12 +447,12 @@ def test_compiles_without_a_graph_break(backend):
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 5])
-def test_add(backend, dtype, offset):
-    x, _, _, a, bt, gate, rank, scale = make(33, 40, 50, (1, 8, 17), dtype=dtype)
+@pytest.mark.parametrize("M, offset", [(33, 0), (33, 5), (70, 5)])
+def test_add(backend, dtype, M, offset):
+    x, _, _, a, bt, gate, rank, scale = make(M, 40, 50, (1, 8, 17), dtype=dtype)
     slots = AdapterSlots(a, bt, rank, scale, gate)
-    ids = ids_of("some", 33, 3)
-    base = guarded((33, 60), dtype=dtype, device=DEVICE)
+    ids = ids_of("some", M, 3)
+    base = guarded((M, 60), dtype=dtype, device=DEVICE)
     y = base.clone()
     returned = fl.multi_lora_add_(y, x, slots, ids, out_offset=offset, backend=backend)
     assert returned is y
@@ -622,7 +622,7 @@ def test_why():
     bias = arguments.pop("bias")
     reasons = fl.why("multi_lora_linear", **arguments, bias=bias)
     assert next(iter(reasons)) == "torch" and reasons["torch"] is None
-    assert "no CUDA C++ kernel" in reasons["cuda"]
+    assert reasons["cuda"] == CUDA_REFUSES
 
 
 @given(st.lists(st.integers(-1, 9), max_size=40), st.sampled_from((torch.int32, torch.int64)))
