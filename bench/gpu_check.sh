@@ -9,9 +9,10 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-compiled bench-grid hopper tune steps dram demo report)
+    bench-group bench-compiled bench-grid hopper tune steps methods dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
-    tests/test_lora_linear.py tests/test_multi_lora_linear.py tests/test_soft_threshold.py
+    tests/test_lora_linear.py tests/test_lora_add.py tests/test_lora_linear_group.py
+    tests/test_multi_lora_linear.py tests/test_soft_threshold.py tests/test_dept_embedding.py tests/test_lora_embedding.py
     tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
 
 usage() {
@@ -124,6 +125,9 @@ for stage in "${chosen[@]}"; do
             bench bench-multi fused_lora.bench.run --op multi_lora_linear --op multi_lora_add_ --stage decode --stage training \
                 --stage ranks --seconds 130
             ;;
+        bench-group)
+            bench bench-group fused_lora.bench.run --op lora_linear_group --op lora_add --stage training --stage decode --seconds 100
+            ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
         hopper)
@@ -136,6 +140,10 @@ for stage in "${chosen[@]}"; do
             ;;
         tune) step tune "$python" -m fused_lora.cli tune --out "$out/tuning.json" --rows 2048,8192 ;;
         steps) bench steps fused_lora.bench.step --seconds 240 ;;
+        methods)
+            shared 2 step methods "$python" -m fused_lora.bench.methods --out "$out"
+            shared 2 step methods "$python" -m fused_lora.bench.dept --out "$out"
+            ;;
         dram) bench dram fused_lora.bench.dram ;;
         demo) step demo "$python" examples/demo.py --out "$out" ;;
         report)

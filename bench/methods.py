@@ -6,11 +6,11 @@ A byte-level GPT learns Python's standard library and is then adapted to prose, 
 and with the same batches, by
 
     LoRA      of several ranks
-    SoRA      of the largest of them: trained at one sparsity, which is then raised step by step
-              from the checkpoint reached
+    SoRA      of the largest of them, at several sparsities; and at one sparsity that is raised
+              phase by phase, from the checkpoint reached
     AdaLoRA   with several budgets, each from 1.5 times its rank
 
-Every run has the same number of steps; a point of SoRA that is read on the way has had fewer.
+Every run has the same number of steps; a point that is read after a phase has had fewer.
 Quality is bits per byte of held-out prose; parameters are counted as sum r (K + N) for LoRA and sum
 nnz(g) (K + N + 1) for gated layers. The time of a step, optimiser included, is that of the same
 model at one rank, in turns, for LoRA, SoRA and AdaLoRA here and LoRA and AdaLoRA in PEFT.
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import fused_lora as fl
 
 NAME = "methods"
-LORA, SORA, ADALORA = "LoRA", "SoRA", "AdaLoRA"
+LORA, SORA, RAISED, ADALORA = "LoRA", "SoRA", "SoRA, λ raised", "AdaLoRA"
 PEFT_LORA, PEFT_ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
 PENALTY = 0.1  # of AdaLoRA's orthogonality, squared, as in the paper
 
@@ -55,26 +55,30 @@ class Plan(NamedTuple):
     seeds: int
     ranks: tuple[int, ...]  # of LoRA
     budgets: tuple[int, ...]  # of AdaLoRA: mean ranks at the end
-    sparsities: tuple[float, ...]  # of SoRA, one a phase
-    first_steps: int  # of SoRA's first phase
+    sparsities: tuple[float, ...]  # of SoRA, one a run
+    raised: tuple[float, ...]  # one a phase
+    first_steps: int  # of the first phase
     phase_steps: int  # of each later one
+    timed: str  # the preset of the model that is timed
     timed_rank: int
     rounds: int
 
     @property
     def steps(self) -> int:
-        return self.first_steps + (len(self.sparsities) - 1) * self.phase_steps
+        return self.first_steps + (len(self.raised) - 1) * self.phase_steps
 
 
+CPU = Plan(
+    "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    (2e-3, 1e-2, 5e-2), 120, 60, "cpu", 8, 30,
+)  # fmt: skip
 STAGES = {
-    "cpu": Plan(
-        "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
+    "cpu": CPU,
+    "gpu": CPU._replace(timed="cuda"),
+    "cpu-quick": Plan(
+        "quick", 1, (1, 4), (1,), (1e-2,), (1e-3, 5e-2), 12, 6, "quick", 4, 3,
     ),
-    "gpu": Plan(
-        "cuda", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (3e-3, 6e-3, 12e-3, 25e-3, 5e-2), 120, 30, 8, 30
-    ),
-    "cpu-quick": Plan("quick", 1, (1, 4), (1,), (1e-3, 1e-2), 12, 6, 4, 3),
-}
+}  # fmt: skip
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -122,10 +126,6 @@ def adamw(model: nn.Module, lr: float, *, gates: bool = True) -> torch.optim.Ada
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
 
 
-def layers_of(model: nn.Module) -> list[fl.nn.LoRALinear]:
-    return [m for m in model.modules() if isinstance(m, fl.nn.LoRALinear)]
-
-
 class Task:
     """The batches of a seed and what is held out, on a device."""
 
@@ -152,18 +152,29 @@ def run_lora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
         yield task.point(LORA, f"r = {rank}", model, plan.steps)
 
 
+def sora(model: nn.Module, s: Settings, sparsity: float) -> fl.optim.SoRA:
+    gates = fl.optim.named_gates(model).values()
+    return fl.optim.SoRA(
+        adamw(model, s.lora_lr, gates=False), gates, lr=s.gate_lr, sparsity=sparsity
+    )
+
+
 def run_sora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
+    for sparsity in plan.sparsities:
+        model = injected(base, max(plan.ranks), gate=True)
+        train(model, sora(model, s, sparsity), task.batches)
+        yield task.point(SORA, f"λ = {sparsity:g}", model, plan.steps)
+
+
+def run_raised(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
     """The optimiser of each phase is new: its learning rate is not what the last one ended with,
     zero."""
     model, done = injected(base, max(plan.ranks), gate=True), 0
-    gates = [layer.gate for layer in layers_of(model)]
-    for sparsity in plan.sparsities:
+    for sparsity in plan.raised:
         steps = plan.phase_steps if done else plan.first_steps
-        rest = adamw(model, s.lora_lr, gates=False)
-        optimizer = fl.optim.SoRA(rest, gates, lr=s.gate_lr, sparsity=sparsity)
-        train(model, optimizer, task.batches[done : done + steps])
+        train(model, sora(model, s, sparsity), task.batches[done : done + steps])
         done += steps
-        yield task.point(SORA, f"λ = {sparsity:g}", model, done)
+        yield task.point(RAISED, f"λ = {sparsity:g}", model, done)
 
 
 def run_adalora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict]:
@@ -206,9 +217,7 @@ def step_lora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
 
 def step_sora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
     model = injected(base, r, gate=True)
-    gates = [layer.gate for layer in layers_of(model)]
-    rest = adamw(model, s.lora_lr, gates=False)
-    return step_of(model, fl.optim.SoRA(rest, gates, lr=s.gate_lr, sparsity=s.sparsity))
+    return step_of(model, sora(model, s, s.sparsity))
 
 
 def step_adalora(base: GPT, r: int, s: Settings) -> Callable[[Tensor], None]:
@@ -271,9 +280,12 @@ CONTENDERS = {
 }
 
 
-def time_steps(base: GPT, plan: Plan, s: Settings, task: Task) -> dict[str, list[float]]:
+def time_steps(plan: Plan, device: torch.device) -> dict[str, list[float]]:
     """Seconds of a step of each contender, round by round, in a new order every round."""
-    wait = torch.cuda.synchronize if task.windows.is_cuda else lambda: None
+    s = PRESETS[plan.timed]
+    base = GPT(s).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    task = Task(s, 0, plan.rounds, device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     steps = {name: make(base, plan.timed_rank, s) for name, make in CONTENDERS.items()}
     order, seconds = random.Random(0), {name: [] for name in steps}
     for step in steps.values():
@@ -293,19 +305,18 @@ def time_steps(base: GPT, plan: Plan, s: Settings, task: Task) -> dict[str, list
 def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
     s = PRESETS[plan.preset]
     torch.manual_seed(s.seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = GPT(s).to(device)
     code = stdlib_sources(s, codecs=False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=s.pretrain_lr, betas=(0.9, 0.95))
     train(base, optimizer, [b.to(device) for b in code.batches(s, s.pretrain_steps)])
-    base = base.to(dtype)
     points = []
-    runs = [(seed, run) for seed in range(plan.seeds) for run in (run_lora, run_sora, run_adalora)]
+    methods = run_lora, run_sora, run_raised, run_adalora
+    runs = [(seed, run) for seed in range(plan.seeds) for run in methods]
     for seed, run in track(runs):
         torch.manual_seed(seed)
         task = Task(s, seed, plan.steps, device)
         points += [{"seed": seed, **found} for found in run(base, plan, s, task)]
-    task = Task(s, 0, plan.steps, device)
+    task = Task(s, 0, 1, device)
     return {
         "op": NAME,
         "machine": machine(device),
@@ -313,7 +324,7 @@ def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
         "before": bits_per_byte(base, task.windows),
         "plan": plan._asdict(),
         "points": points,
-        "seconds": time_steps(base, plan, s, task),
+        "seconds": time_steps(plan, device),
     }
 
 
@@ -409,7 +420,7 @@ def markdown(results: dict) -> str:
         "| method | setting | parameters kept | bits a byte | seeds apart | steps |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for method in (LORA, SORA, ADALORA):
+    for method in (LORA, SORA, RAISED, ADALORA):
         for row in zip(*curve(results, method), strict=True):
             setting, parameters, bits, apart, steps = row
             lines.append(
@@ -425,7 +436,7 @@ def markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-COLORS = {LORA: "#8d99ae", SORA: "#d1495b", ADALORA: "#2a6f97"}
+COLORS = {LORA: "#8d99ae", SORA: "#d1495b", RAISED: "#edae49", ADALORA: "#2a6f97"}
 
 
 def draw(results: dict, path: Path) -> None:

@@ -42,6 +42,8 @@ CALLS = {
     "multi-qkv-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
     "embedding": {},
+    "add": {"gate": True},
+    "group-backward": {"p": 0.1, "gate": True},
 }
 SLOTS = 64  # of the calls for many adapters
 
@@ -65,13 +67,14 @@ def cases(extent: str) -> list[Case]:
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
-                # Of these calls M changes nothing.
+                # What M changes in these calls, others meet.
                 fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv", "embedding"
+                fixed += ("group-backward",)
                 if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype == "fp16":
-            calls = "forward-all", "backward-all", "multi-forward", "embedding"
-            found += [Case(sm, dtype, 1024, 64, call) for call in calls]
+            calls = "forward-all", "backward-all", "multi-forward", "embedding", "add"
+            found += [Case(sm, dtype, 1024, 64, call) for call in (*calls, "group-backward")]
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
 
@@ -127,9 +130,10 @@ def install():
 
 
 def call(case: Case):
-    """The kernels of one forward or backward of lora_linear, on tensors without memory."""
+    """The kernels of one forward or backward of an op, on tensors without memory."""
     import torch
 
+    from fused_lora.ops import lora_add, lora_linear_group
     from fused_lora.ops.lora_linear import backward_kernels, forward_kernels
 
     dtype = getattr(torch, DTYPES[case.dtype])
@@ -146,6 +150,18 @@ def call(case: Case):
     GPU.sm = case.sm
     if case.call == "embedding":
         return embeddings(M, R, w)
+    if case.call == "add":
+        return lora_add.forward_kernels(
+            "triton", empty(M, N), x, a, b, gate, seed, 2.0, p, save_h=True
+        )
+    if case.call == "group-backward":
+        # q, k and v.
+        adapters = [lora_linear_group._Adapter(i, a, b, gate, 2.0) for i in range(3)]
+        dy, h = empty(M, N), empty(M, R)
+        wanted = [lora_linear_group._Wanted(dy, h, True, True, True, dtype)] * 3
+        return lora_linear_group.backward_kernels(
+            "triton", [(dy, w)] * 3, x, adapters, wanted, seed, p, True, dtype
+        )
     if case.call.endswith("decode"):
         M = min(M, 64)
         x = empty(M, K)

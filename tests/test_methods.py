@@ -25,12 +25,13 @@ def test_every_method_is_run(results):
     found, folder = results
     plan = methods.STAGES["cpu-quick"]
     assert [(p["method"], p["steps"]) for p in found["points"]] == [
-        ("LoRA", 18), ("LoRA", 18), ("SoRA", 12), ("SoRA", 18), ("AdaLoRA", 18),
+        ("LoRA", 18), ("LoRA", 18), ("SoRA", 18), ("SoRA, λ raised", 12), ("SoRA, λ raised", 18),
+        ("AdaLoRA", 18),
     ]  # fmt: skip
     assert all(0 < p["bits"] < found["before"] for p in found["points"])
     lora = [p["kept"] for p in found["points"] if p["method"] == "LoRA"]
     assert lora[1] == 4 * lora[0]
-    first, last = (p["kept"] for p in found["points"] if p["method"] == "SoRA")
+    first, last = (p["kept"] for p in found["points"] if p["method"] == methods.RAISED)
     assert 0 < last < first
     (adalora,) = (p["kept"] for p in found["points"] if p["method"] == "AdaLoRA")
     layers = 14
