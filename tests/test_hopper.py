@@ -398,6 +398,13 @@ def test_no_more_segments_are_early_than_may_be(early):
     assert str(raised.value) == f"early must be at least 0 and less than 2, got {early}"
 
 
+def test_nothing_is_early_under_a_mask():
+    bits = torch.zeros(8, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError) as raised:
+        Emulated().segment_gemm([(half(8, 8), half(32, 8))] * 2, mask=(bits, 1.0, 1), early=1)
+    assert str(raised.value) == "early must be at least 0 and less than 1, got 1"
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """(segments, whether it begins early) of each launch, where a table has this kernel for all."""

@@ -351,8 +351,9 @@ def segment_gemm(segments, *, bias=None, mask=None, config=None, early=0):
     """
     if (why := refuses(segments, mask=mask)) is not None:
         raise RuntimeError(f"segment_gemm: {why}")
-    if not 0 <= early < len(segments):
-        raise ValueError(f"early must be at least 0 and less than {len(segments)}, got {early}")
+    most = 1 if mask else len(segments)  # the bits are not waited for
+    if not 0 <= early < most:
+        raise ValueError(f"early must be at least 0 and less than {most}, got {early}")
     lhs, rhs = zip(*segments, strict=True)
     x, (M, N) = lhs[0], (lhs[0].shape[0], rhs[0].shape[0])
     processors = _multiprocessors(x.device)
