@@ -9,9 +9,11 @@
 set -uo pipefail
 
 stages=(setup correct rest sanitize determinism bench-quick bench-training bench-decode bench-multi
-    bench-compiled bench-grid hopper-cuda hopper-cuda-sanitize steps dram demo report)
+    bench-group bench-compiled bench-grid hopper hopper-cuda hopper-cuda-sanitize
+    tune steps methods dram demo report)
 numeric=(tests/test_shrink.py tests/test_segment_gemm.py tests/test_row_reduce.py tests/test_dropout.py
-    tests/test_lora_linear.py tests/test_multi_lora_linear.py tests/test_soft_threshold.py
+    tests/test_lora_linear.py tests/test_lora_add.py tests/test_lora_linear_group.py
+    tests/test_multi_lora_linear.py tests/test_soft_threshold.py tests/test_dept_embedding.py tests/test_lora_embedding.py
     tests/test_cuda_kernels.py tests/test_bank.py tests/test_regressions.py tests/test_reference.py)
 
 usage() {
@@ -124,8 +126,19 @@ for stage in "${chosen[@]}"; do
             bench bench-multi fused_lora.bench.run --op multi_lora_linear --op multi_lora_add_ --stage decode --stage training \
                 --stage ranks --seconds 130
             ;;
+        bench-group)
+            bench bench-group fused_lora.bench.run --op lora_linear_group --op lora_add --stage training --stage decode --seconds 100
+            ;;
         bench-compiled) bench bench-compiled fused_lora.bench.run --op lora_linear --stage compiled --seconds 360 ;;
         bench-grid) bench bench-grid fused_lora.bench.run --op lora_linear --stage grid --seconds 400 ;;
+        hopper)
+            # The Gluon kernel: alone, then under the ops, which this table sends to it where it can run.
+            export FUSED_LORA_TUNING=$PWD/bench/gluon.json
+            shared 2 bench hopper fused_lora.bench.hopper
+            shared 2 tests hopper tests/test_hopper.py tests/test_segment_gemm.py tests/test_lora_linear.py \
+                tests/test_lora_linear_group.py
+            unset FUSED_LORA_TUNING
+            ;;
         hopper-cuda)
             # The CUDA form of segment_gemm for compute capability 9.0: alone, then under the ops.
             shared 2 bench hopper-cuda fused_lora.bench.hopper_cuda
@@ -142,7 +155,12 @@ for stage in "${chosen[@]}"; do
             done
             rm -rf "$out/small"
             ;;
+        tune) step tune "$python" -m fused_lora.cli tune --out "$out/tuning.json" --rows 2048,8192 ;;
         steps) bench steps fused_lora.bench.step --seconds 240 ;;
+        methods)
+            shared 2 step methods "$python" -m fused_lora.bench.methods --out "$out"
+            shared 2 step methods "$python" -m fused_lora.bench.dept --out "$out"
+            ;;
         dram) bench dram fused_lora.bench.dram ;;
         demo) step demo "$python" examples/demo.py --out "$out" ;;
         report)

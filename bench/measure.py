@@ -72,9 +72,23 @@ class Spread(NamedTuple):
         return cls(p20, statistics.median(values), p80)
 
 
-def _grads(y: Tensor, leaves: list[Tensor], dy: Tensor, **options) -> tuple[Tensor | None, ...]:
+Outputs = Tensor | list[Tensor]
+
+
+def _listed(y: Outputs) -> list[Tensor]:
+    """An operation has one output, or a list of them."""
+    return [y] if isinstance(y, Tensor) else y
+
+
+def _incoming(y: Outputs) -> list[Tensor]:
+    return [torch.randn_like(out.detach()) for out in _listed(y)]
+
+
+def _grads(
+    y: Outputs, leaves: list[Tensor], dys: list[Tensor], **options
+) -> tuple[Tensor | None, ...]:
     # The floor has no adapter, and so no gradients of one.
-    return torch.autograd.grad(y, leaves, dy, allow_unused=True, **options)
+    return torch.autograd.grad(_listed(y), leaves, dys, allow_unused=True, **options)
 
 
 def gate(
@@ -89,27 +103,33 @@ def gate(
     key = contender.keep if case.p else None, bool(leaves)
     if key not in truths:
         truths[key] = _truth(op, case, contender, tensors, bool(leaves))
-    truth, dy = truths[key]
+    truth, dys = truths[key]
     forward = contender.build(case, *tensors)
     torch.manual_seed(0)
-    y = forward()
-    ours = [y, *torch.autograd.grad(y, leaves, dy)] if leaves else [y]
-    truth.check(["output", *(f"gradient {i}" for i in range(1, len(ours)))], ours)
+    ys = _listed(forward())
+    grads = torch.autograd.grad(ys, leaves, dys) if leaves else []
+    outputs = [f"output {i}" for i in range(1, len(ys) + 1)] if len(ys) > 1 else ["output"]
+    names = [*outputs, *(f"gradient {i}" for i in range(1, len(grads) + 1))]
+    truth.check(names, [*ys, *grads])
 
 
-def _truth(op: Op, case, contender: Contender, tensors, gradients: bool) -> tuple[Truth, Tensor]:
+def _truth(
+    op: Op, case, contender: Contender, tensors, gradients: bool
+) -> tuple[Truth, list[Tensor]]:
     """(op.truth with the contender's dropout mask, and its gradients; the dy of those)."""
     x = tensors[0].detach()
     torch.manual_seed(0)
     keep = contender.keep(case, x).to(x.dtype) if case.p else None
-    dy = torch.randn_like(op.truth(case, *tensors).detach())
+    dys = _incoming(op.truth(case, *tensors))
+    n = len(dys)
 
-    def truth(dy, keep, *tensors):
-        y = op.truth(case, *tensors, keep=keep)
+    def truth(keep, *given):
+        dys, tensors = given[:n], given[n:]
+        ys = _listed(op.truth(case, *tensors, keep=keep))
         wanted = [t for t in tensors if t.requires_grad] if gradients else []
-        return [y, *torch.autograd.grad(y, wanted, dy)] if wanted else [y]
+        return [*ys, *torch.autograd.grad(ys, wanted, dys)] if wanted else ys
 
-    return Truth(truth, [dy, keep, *tensors]), dy
+    return Truth(truth, [keep, *dys, *tensors]), dys
 
 
 class BelowFloor(Exception):
@@ -214,7 +234,7 @@ class Interleaved:
         if device.type == "cuda":
             copies += math.ceil(COLD_BYTES / sum(t.nbytes for t in tensors))
         self.sets = [tensors, *(op.tensors(case, device) for _ in range(copies - 1))]
-        self.dy = torch.randn_like(op.truth(case, *tensors).detach())
+        self.dys = _incoming(op.truth(case, *tensors))
         self.forward_only = {name for name, c in contenders.items() if c.forward_only}
         self.forwards = {
             name: [c.build(case, *tensors) for tensors in self.sets]
@@ -257,17 +277,17 @@ class Interleaved:
         before = torch.cuda.memory_allocated()
         y = forward()
         if name not in self.forward_only:
-            _grads(y, self._leaves(0), self.dy)
+            _grads(y, self._leaves(0), self.dys)
         return Memory(torch.cuda.max_memory_allocated() - before, saved)
 
     def _calls(self, name: str, direction: str) -> list[Callable[[], object]]:
         """One call for each set of inputs."""
 
         def both(forward, leaves):
-            return lambda: _grads(forward(), leaves, self.dy)
+            return lambda: _grads(forward(), leaves, self.dys)
 
         def backward(y, leaves):
-            return lambda: _grads(y, leaves, self.dy, retain_graph=True)
+            return lambda: _grads(y, leaves, self.dys, retain_graph=True)
 
         forwards = self.forwards[name]
         if direction == "forward":
@@ -304,7 +324,7 @@ class Interleaved:
         wait()
         middle = end = time.perf_counter()
         if name not in self.forward_only and self.directions != ("forward",):
-            _grads(y, self._leaves(index), self.dy)
+            _grads(y, self._leaves(index), self.dys)
             wait()
             end = time.perf_counter()
         spans = {"forward": middle - start, "backward": end - middle, "both": end - start}

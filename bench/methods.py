@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     raised: tuple[float, ...]  # one a phase
     first_steps: int  # of the first phase
     phase_steps: int  # of each later one
+    timed: str  # the preset of the model that is timed
     timed_rank: int
     rounds: int
 
@@ -67,16 +68,16 @@ class Plan(NamedTuple):
         return self.first_steps + (len(self.raised) - 1) * self.phase_steps
 
 
+CPU = Plan(
+    "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    (2e-3, 1e-2, 5e-2), 120, 60, "cpu", 8, 30,
+)  # fmt: skip
 STAGES = {
-    "cpu": Plan(
-        "cpu", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-        (2e-3, 1e-2, 5e-2), 120, 60, 8, 30,
+    "cpu": CPU,
+    "gpu": CPU._replace(timed="cuda"),
+    "cpu-quick": Plan(
+        "quick", 1, (1, 4), (1,), (1e-2,), (1e-3, 5e-2), 12, 6, "quick", 4, 3,
     ),
-    "gpu": Plan(
-        "cuda", 3, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-        (2e-3, 1e-2, 5e-2), 120, 60, 8, 30,
-    ),
-    "cpu-quick": Plan("quick", 1, (1, 4), (1,), (1e-2,), (1e-3, 5e-2), 12, 6, 4, 3),
 }  # fmt: skip
 
 
@@ -279,9 +280,12 @@ CONTENDERS = {
 }
 
 
-def time_steps(base: GPT, plan: Plan, s: Settings, task: Task) -> dict[str, list[float]]:
+def time_steps(plan: Plan, device: torch.device) -> dict[str, list[float]]:
     """Seconds of a step of each contender, round by round, in a new order every round."""
-    wait = torch.cuda.synchronize if task.windows.is_cuda else lambda: None
+    s = PRESETS[plan.timed]
+    base = GPT(s).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    task = Task(s, 0, plan.rounds, device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     steps = {name: make(base, plan.timed_rank, s) for name, make in CONTENDERS.items()}
     order, seconds = random.Random(0), {name: [] for name in steps}
     for step in steps.values():
@@ -301,12 +305,10 @@ def time_steps(base: GPT, plan: Plan, s: Settings, task: Task) -> dict[str, list
 def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
     s = PRESETS[plan.preset]
     torch.manual_seed(s.seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = GPT(s).to(device)
     code = stdlib_sources(s, codecs=False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=s.pretrain_lr, betas=(0.9, 0.95))
     train(base, optimizer, [b.to(device) for b in code.batches(s, s.pretrain_steps)])
-    base = base.to(dtype)
     points = []
     methods = run_lora, run_sora, run_raised, run_adalora
     runs = [(seed, run) for seed in range(plan.seeds) for run in methods]
@@ -314,7 +316,7 @@ def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
         torch.manual_seed(seed)
         task = Task(s, seed, plan.steps, device)
         points += [{"seed": seed, **found} for found in run(base, plan, s, task)]
-    task = Task(s, 0, plan.steps, device)
+    task = Task(s, 0, 1, device)
     return {
         "op": NAME,
         "machine": machine(device),
@@ -322,7 +324,7 @@ def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
         "before": bits_per_byte(base, task.windows),
         "plan": plan._asdict(),
         "points": points,
-        "seconds": time_steps(base, plan, s, task),
+        "seconds": time_steps(plan, device),
     }
 
 

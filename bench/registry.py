@@ -23,12 +23,13 @@ def _runs_anywhere(device: torch.device, case) -> str | None:
 class Contender(NamedTuple):
     """One implementation of an operation.
 
-    build(case, *tensors) returns the call that is timed. keep(case, x) is the dropout mask that
-    this call uses under the same state of torch's generator. unavailable(device, case) is the
-    sentence why it cannot run there, or None. One that is forward_only has no gradients.
+    build(case, *tensors) returns the call that is timed, which returns an output or a list of them.
+    keep(case, x) is the dropout mask that this call uses under the same state of torch's generator.
+    unavailable(device, case) is the sentence why it cannot run there, or None. One that is
+    forward_only has no gradients.
     """
 
-    build: Callable[..., Callable[[], Tensor]]
+    build: Callable[..., Callable[[], Tensor | list[Tensor]]]
     keep: Callable[..., Tensor]
     unavailable: Callable[[torch.device, tuple], str | None] = _runs_anywhere
     forward_only: bool = False
@@ -55,7 +56,7 @@ class Op(NamedTuple):
     name: str
     stages: dict[str, Stage]
     tensors: Callable[..., list[Tensor]]
-    truth: Callable[..., Tensor]
+    truth: Callable[..., Tensor | list[Tensor]]
     flops: Callable[..., int]
     bytes: Callable[..., int]
     floor: str
@@ -218,6 +219,252 @@ LORA_LINEAR = Op(
         "cuda": _ours("cuda"),
         **_also(PEERS),
         **_also(BASELINES),
+    },
+)
+# lora_add: x [M, K], base_out [M, N], lora_a [R, K], lora_b [N, R].
+
+
+def add_tensors(case: LinearCase, device: torch.device) -> list[Tensor]:
+    """x, base_out, lora_a and lora_b of N(0, 1)."""
+    M, N, K, R, _, dtype = case
+    shapes = (M, K), (M, N), (R, K), (N, R)
+    return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def add_truth(case, x, base_out, a, b, keep=None):
+    kept = x if keep is None else x * keep * reference.dropout_scale(case.p)
+    return base_out + SCALE * F.linear(F.linear(kept, a), b)
+
+
+def add_flops(case: LinearCase, direction: str) -> int:
+    M, N, K, R = case[:4]
+    forward, backward = 2 * M * R * (K + N), 4 * M * R * (K + N)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def add_bytes(case: LinearCase, direction: str) -> int:
+    """The gradient of base_out is dy itself."""
+    M, N, K, R = case[:4]
+    adapter, h = R * (K + N), M * R
+    forward = M * K + M * N + adapter + M * N + h  # x, base_out, adapter -> y, h
+    backward = M * N + M * K + adapter + h + M * K + adapter  # -> dx, dA, dB
+    elements = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return elements * case.dtype.itemsize
+
+
+class _Copies(torch.autograd.Function):
+    """What there is to move beside the adapter: base_out to y; back, x to a tensor of its size."""
+
+    @staticmethod
+    def forward(ctx, x, base_out):
+        ctx.save_for_backward(x)
+        return base_out.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors[0].clone(), dy
+
+
+def _add_copies(case, x, base_out, a, b):
+    return lambda: _Copies.apply(x, base_out)
+
+
+def _add_naive(case, x, base_out, a, b):
+    """What PEFT does around a quantised layer."""
+
+    def forward():
+        kept = F.dropout(x, case.p) if case.p else x
+        return base_out + SCALE * F.linear(F.linear(kept, a), b)
+
+    return forward
+
+
+def _add_ours(backend: str) -> Contender:
+    def build(case, x, base_out, a, b):
+        options = {"scale": SCALE, "dropout_p": case.p, "backend": backend}
+        return lambda: fl.lora_add(base_out, x, a, b, **options)
+
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend])
+
+
+def _add_stages() -> dict[str, Stage]:
+    def bf16(rows, **options):
+        shapes = LLAMA_8B.values()
+        return [LinearCase(M, N, K, dtype=BF16, **options) for N, K in shapes for M in rows]
+
+    small = [LinearCase(128, 1024, 1024), LinearCase(128, 1024, 1024, p=0.1)]
+    return {
+        "cpu": Stage([*small, LinearCase(512, 1024, 1024), LinearCase(16, 4096, 4096)]),
+        "cpu-quick": Stage([small[1]]),
+        "quick": Stage([LinearCase(2048, 4096, 4096, dtype=BF16)]),
+        "training": Stage([case for p in (0.0, 0.1) for case in bf16((8192, 2048), p=p)]),
+        "decode": Stage(bf16((1, 16, 64)), directions=("forward",)),
+    }
+
+
+LORA_ADD = Op(
+    name="lora_add",
+    stages=_add_stages(),
+    tensors=add_tensors,
+    truth=add_truth,
+    flops=add_flops,
+    bytes=add_bytes,
+    floor="copies",
+    baseline="naive",
+    ours=("torch", "triton", "cuda"),
+    contenders={
+        "copies": Contender(_add_copies, torch_keep),
+        "naive": Contender(_add_naive, torch_keep),
+        "naive again": Contender(_add_naive, torch_keep),
+        "torch": _add_ours("torch"),
+        "triton": _add_ours("triton"),
+        "cuda": _add_ours("cuda"),
+    },
+)
+# lora_linear_group: x [M, K]; of each projection weight [N_i, K], lora_a [R, K], lora_b [N_i, R].
+
+
+class GroupCase(NamedTuple):
+    M: int
+    N: int  # of all together
+    K: int
+    widths: tuple[int, ...]  # the N_i
+    R: int = 16
+    p: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        packed = "+".join(map(str, self.widths))
+        return f"M={self.M} {packed}x{self.K} r={self.R} p={self.p:g} {dtype}"
+
+
+def group_tensors(case: GroupCase, device: torch.device) -> list[Tensor]:
+    """x, the frozen weights, every lora_a, every lora_b, of N(0, 1)."""
+    M, _, K, widths, R, _, dtype = case
+    n = len(widths)
+    shapes = (M, K), *((N, K) for N in widths), *[(R, K)] * n, *((N, R) for N in widths)
+    return [
+        torch.randn(shape, device=device, dtype=dtype).requires_grad_(not 1 <= i <= n)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def _by_projection(tensors) -> list[tuple[Tensor, Tensor, Tensor]]:
+    n = len(tensors) // 3
+    return [*zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], strict=True)]
+
+
+def group_truth(case, x, *tensors, keep=None):
+    kept = x if keep is None else x * keep * reference.dropout_scale(case.p)
+    return [
+        F.linear(x, weight) + SCALE * F.linear(F.linear(kept, a), b)
+        for weight, a, b in _by_projection(tensors)
+    ]
+
+
+def _one_projection(case: GroupCase) -> LinearCase:
+    """Of all widths together: its base product is theirs."""
+    return LinearCase(case.M, case.N, case.K, case.R, case.p, case.dtype)
+
+
+def group_flops(case: GroupCase, direction: str) -> int:
+    more = 2 * case.M * case.R * case.K * (len(case.widths) - 1)  # each product with A, dA, dh A
+    more *= {"forward": 1, "backward": 2, "both": 3}[direction]
+    return linear_flops(_one_projection(case), direction) + more
+
+
+def group_bytes(case: GroupCase, direction: str) -> int:
+    """x is read once, dx written once, h and the adapters are those of each projection."""
+    more = (len(case.widths) - 1) * case.R * case.dtype.itemsize
+    h, a = case.M * more, case.K * more  # forward: A -> h; backward: A, h -> dA
+    more = {"forward": a + h, "backward": a + h + a, "both": 3 * a + 2 * h}[direction]
+    return linear_bytes(_one_projection(case), direction) + more
+
+
+def _group_base(case, x, *tensors):
+    return lambda: [F.linear(x, weight) for weight, _, _ in _by_projection(tensors)]
+
+
+def _group_naive(case, x, *tensors):
+    """With one mask for all, which is less than PEFT draws."""
+
+    def forward():
+        kept = F.dropout(x, case.p) if case.p else x
+        return [
+            F.linear(x, weight) + SCALE * F.linear(F.linear(kept, a), b)
+            for weight, a, b in _by_projection(tensors)
+        ]
+
+    return forward
+
+
+def _group_ours(backend: str) -> Contender:
+    def build(case, x, *tensors):
+        weights, lora_as, lora_bs = (list(of) for of in zip(*_by_projection(tensors), strict=True))
+        options = {"scales": [SCALE] * len(weights), "dropout_p": case.p, "backend": backend}
+        return lambda: fl.lora_linear_group(x, weights, lora_as, lora_bs, **options)
+
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend])
+
+
+def _one_by_one(backend: str) -> Contender:
+    """lora_linear of each, under one seed."""
+
+    def build(case, x, *tensors):
+        options = {"scale": SCALE, "dropout_p": case.p, "backend": backend}
+
+        def forward():
+            seed = reference.draw_seed(x.device) if case.p else None
+            return [
+                fl.lora_linear(x, *projection, seed=seed, **options)
+                for projection in _by_projection(tensors)
+            ]
+
+        return forward
+
+    return Contender(build, _our_keep, lambda device, case: fl.backends()[backend])
+
+
+def _group_stages() -> dict[str, Stage]:
+    def cases(rows, groups, K=4096, **options):
+        return [
+            GroupCase(M, sum(widths), K, widths, **options)
+            for widths, M in itertools.product(groups, rows)
+        ]
+
+    llama = (4096, 1024, 1024), (14336, 14336)  # q, k and v; gate and up
+    small = (1024, 256, 256), (2048, 2048)
+    return {
+        "cpu": Stage(cases((16, 128), small, 1024) + cases((128,), small[:1], 1024, p=0.1)),
+        "cpu-quick": Stage(cases((64,), [(512, 128, 128)], 512)),
+        "quick": Stage(cases((2048,), llama[:1], dtype=BF16)),
+        "training": Stage(
+            [case for p in (0.0, 0.1) for case in cases((8192, 2048), llama, p=p, dtype=BF16)]
+        ),
+        "decode": Stage(cases((1, 16, 64), llama, dtype=BF16), directions=("forward",)),
+    }
+
+
+LORA_LINEAR_GROUP = Op(
+    name="lora_linear_group",
+    stages=_group_stages(),
+    tensors=group_tensors,
+    truth=group_truth,
+    flops=group_flops,
+    bytes=group_bytes,
+    floor="linear",
+    baseline="naive",
+    ours=("torch", "triton", "cuda"),
+    contenders={
+        "linear": Contender(_group_base, torch_keep),
+        "naive": Contender(_group_naive, torch_keep),
+        "naive again": Contender(_group_naive, torch_keep),
+        **{backend: _group_ours(backend) for backend in ("torch", "triton", "cuda")},
+        **{
+            f"{backend}, one by one": _one_by_one(backend)
+            for backend in ("torch", "triton", "cuda")
+        },
     },
 )
 # multi_lora_linear: x [M, K], weight [N, K], a_slots [G, R, K], bt_slots [G, R, N].
@@ -553,4 +800,7 @@ MULTI_LORA_ADD = Op(
         "cuda": _qkv_ours("cuda"),
     },
 )
-OPS = {op.name: op for op in (LORA_LINEAR, MULTI_LORA_LINEAR, MULTI_LORA_ADD)}
+OPS = {
+    op.name: op
+    for op in (LORA_LINEAR, LORA_ADD, LORA_LINEAR_GROUP, MULTI_LORA_LINEAR, MULTI_LORA_ADD)
+}

@@ -8,10 +8,12 @@ of its own: what was imported under TRITON_INTERPRET cannot be compiled.
 """
 
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +42,8 @@ CALLS = {
     "multi-qkv-decode": {},
     "multi-backward": {"p": 0.1, "needs": (True, True, True, True)},
     "embedding": {},
+    "add": {"gate": True},
+    "group-backward": {"p": 0.1, "gate": True},
 }
 SLOTS = 64  # of the calls for many adapters
 
@@ -63,13 +67,14 @@ def cases(extent: str) -> list[Case]:
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
-                # Of these calls M changes nothing.
+                # What M changes in these calls, others meet.
                 fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv", "embedding"
+                fixed += ("group-backward",)
                 if M == max(buckets) or not call.startswith(fixed):
                     found.append(Case(sm, dtype, M, R, call))
         elif dtype == "fp16":
-            calls = "forward-all", "backward-all", "multi-forward", "embedding"
-            found += [Case(sm, dtype, 1024, 64, call) for call in calls]
+            calls = "forward-all", "backward-all", "multi-forward", "embedding", "add"
+            found += [Case(sm, dtype, 1024, 64, call) for call in (*calls, "group-backward")]
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
 
@@ -125,9 +130,10 @@ def install():
 
 
 def call(case: Case):
-    """The kernels of one forward or backward of lora_linear, on tensors without memory."""
+    """The kernels of one forward or backward of an op, on tensors without memory."""
     import torch
 
+    from fused_lora.ops import lora_add, lora_linear_group
     from fused_lora.ops.lora_linear import backward_kernels, forward_kernels
 
     dtype = getattr(torch, DTYPES[case.dtype])
@@ -144,6 +150,18 @@ def call(case: Case):
     GPU.sm = case.sm
     if case.call == "embedding":
         return embeddings(M, R, w)
+    if case.call == "add":
+        return lora_add.forward_kernels(
+            "triton", empty(M, N), x, a, b, gate, seed, 2.0, p, save_h=True
+        )
+    if case.call == "group-backward":
+        # q, k and v.
+        adapters = [lora_linear_group._Adapter(i, a, b, gate, 2.0) for i in range(3)]
+        dy, h = empty(M, N), empty(M, R)
+        wanted = [lora_linear_group._Wanted(dy, h, True, True, True, dtype)] * 3
+        return lora_linear_group.backward_kernels(
+            "triton", [(dy, w)] * 3, x, adapters, wanted, seed, p, True, dtype
+        )
     if case.call.endswith("decode"):
         M = min(M, 64)
         x = empty(M, K)
@@ -334,6 +352,22 @@ def compile_group(group: list[Case]) -> dict:
         launch()
         cases[name] = list(LAUNCHED)
     return {"kernels": dict(KERNELS), "cases": cases}
+
+
+def facts_of(harness: str, extent: str, folder: Path) -> dict:
+    """What the script `harness` reads from the cubins, made once where several workers ask."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    script = Path(__file__).with_name(harness)
+    path = folder / f"{script.stem}.json"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            env = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+            # Machine code names its source files: what another checkout compiled names others.
+            env["TRITON_CACHE_DIR"] = str(script.parents[1] / "build" / "compiled")
+            subprocess.run([sys.executable, script, path, extent], env=env, check=True)
+    return json.loads(path.read_text())
 
 
 def main(path: str, extent: str = "default"):

@@ -12,6 +12,8 @@ import torch
 DEVICE = os.environ.get("FUSED_LORA_TEST_DEVICE") or (
     "cuda" if torch.cuda.is_available() else "cpu"
 )
+# No table that this machine's user has made.
+os.environ.setdefault("FUSED_LORA_TUNING", os.path.join(os.path.dirname(__file__), "no tuning"))
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     if "FUSED_LORA_EMULATED" not in os.environ and emulated.why_not() is None:

@@ -16,15 +16,18 @@ from fused_lora.bench import baselines, peers
 from fused_lora.bench.baselines import BASELINES, MULTI_BASELINES
 from fused_lora.bench.measure import gate
 from fused_lora.bench.peers import MULTI_PEERS, PEERS, Tree, stub, stubbed
-from fused_lora.bench.registry import LORA_LINEAR as OP
 from fused_lora.bench.registry import (
+    LORA_ADD,
+    LORA_LINEAR_GROUP,
     MULTI_LORA_ADD,
     MULTI_LORA_LINEAR,
     Contender,
+    GroupCase,
     LinearCase,
     MultiCase,
     QkvCase,
 )
+from fused_lora.bench.registry import LORA_LINEAR as OP
 
 CPU = torch.device("cpu")
 COMPILED = [name for name in BASELINES if name.startswith("compiled")]
@@ -121,6 +124,28 @@ def test_projections_of_one_x(name, dtype, device):
     if reason := contender.unavailable(device, case):
         pytest.skip(reason)
     gate(MULTI_LORA_ADD, case, contender, MULTI_LORA_ADD.tensors(case, device))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (op, name)
+        for op in (LORA_ADD, LORA_LINEAR_GROUP)
+        for name in op.contenders
+        if name != op.floor
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_bases_and_groups(op, name, dtype, p, device):
+    case = LinearCase(20, 40, 48, R=8, p=p, dtype=dtype)
+    if op is LORA_LINEAR_GROUP:
+        case = GroupCase(20, 72, 48, (40, 16, 16), R=8, p=p, dtype=dtype)
+    contender = op.contenders[name]
+    if reason := contender.unavailable(device, case):
+        pytest.skip(reason)
+    gate(op, case, contender, op.tensors(case, device))
 
 
 def test_a_compiled_forward_has_several_backwards():

@@ -17,12 +17,21 @@ from fused_lora.bench.measure import (
     check_floor,
     gate,
 )
-from fused_lora.bench.registry import DIRECTIONS, LinearCase, MultiCase, Stage
+from fused_lora.bench.registry import (
+    DIRECTIONS,
+    LORA_ADD,
+    LORA_LINEAR_GROUP,
+    GroupCase,
+    LinearCase,
+    MultiCase,
+    Stage,
+)
 from fused_lora.bench.registry import LORA_LINEAR as OP
 from fused_lora.bench.report import (
     MARKS,
     ROOT,
     Report,
+    case_result,
     committed,
     machine,
     merge,
@@ -40,21 +49,26 @@ CASE = LinearCase(6, 10, 14, R=3)
 PRESENT = {name: OP.contenders[name] for name in ("linear", "naive", "naive again", "torch")}
 
 
-def call(case, contender="naive"):
-    """(forward, the tensors that want a gradient) of one contender."""
-    tensors = OP.tensors(case, CPU)
-    return OP.contenders[contender].build(case, *tensors), [t for t in tensors if t.requires_grad]
+GROUP = GroupCase(6, 18, 14, (10, 5, 3), R=3)
 
 
-def test_flops_are_those_that_torch_counts():
-    forward, leaves = call(CASE)
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [(OP, CASE), (LORA_ADD, CASE), (LORA_LINEAR_GROUP, GROUP)],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_flops_are_those_that_torch_counts(op, case):
+    tensors = op.tensors(case, CPU)
+    leaves = [t for t in tensors if t.requires_grad]
+    forward = op.contenders["naive"].build(case, *tensors)
     with FlopCounterMode(display=False) as counter:
         y = forward()
-    assert counter.get_total_flops() == OP.flops(CASE, "forward")
+    assert counter.get_total_flops() == op.flops(case, "forward")
+    ys = [y] if isinstance(y, torch.Tensor) else y
     with FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
-    assert counter.get_total_flops() == OP.flops(CASE, "backward")
-    assert OP.flops(CASE, "both") == OP.flops(CASE, "forward") + OP.flops(CASE, "backward")
+        torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])
+    assert counter.get_total_flops() == op.flops(case, "backward")
+    assert op.flops(case, "both") == op.flops(case, "forward") + op.flops(case, "backward")
 
 
 def test_bytes_of_one_case():
@@ -63,6 +77,27 @@ def test_bytes_of_one_case():
     assert OP.bytes(CASE, "backward") == 4 * (y + x + weight + a + b + h + x + a + b)
     half = CASE._replace(dtype=torch.bfloat16)
     assert 2 * OP.bytes(half, "both") == OP.bytes(CASE, "both")
+    for op, case in ((OP, CASE), (LORA_ADD, CASE), (LORA_LINEAR_GROUP, GROUP)):
+        assert op.bytes(case, "both") == op.bytes(case, "forward") + op.bytes(case, "backward")
+
+
+@pytest.mark.parametrize("op", [LORA_ADD, LORA_LINEAR_GROUP], ids=lambda op: op.name)
+def test_reports_of_other_ops(op, tmp_path):
+    """One with a base that was made before, and one with several outputs."""
+    case = {"lora_add": CASE, "lora_linear_group": GROUP}[op.name]
+    present = {name: op.contenders[name] for name in (op.floor, "naive", "naive again", "torch")}
+    measured = Interleaved(op, case, present, CPU)
+    for _ in range(2):
+        measured.round()
+    assert not measured.refused
+    results = {"op": op.name, "machine": machine(CPU), "missing": {}, "unmeasured": {}}
+    report = Report(results | {"cases": [case_result(op, case, measured)]})
+    report.save(tmp_path, "some")
+    assert str(case) in (tmp_path / f"{op.name}-some.md").read_text()
+    naive = op.contenders["naive"]
+    wrong = naive._replace(build=lambda case, *ts: naive.build(case, *ts[:-1], 1.001 * ts[-1]))
+    with pytest.raises(AssertionError, match="output"):
+        gate(op, case, wrong, op.tensors(case, CPU))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -445,6 +480,28 @@ def test_targets_of_many_adapters(tmp_path):
         line = lines["decode 64 rows of 64 adapters over vLLM's form"]
         assert ("2.00  met" if theirs == "vllm" else "1.50  met") in line
         assert "1.34  met" in lines["decode 64 rows of 64 adapters over its floor"]
+
+
+def test_targets_on_the_route_to_the_gluon_kernel(tmp_path):
+    """Of sums: forward with shrink, backward, and dx of q, k and v; by the fastest tile."""
+
+    def row(form, N, K, *parts, **us):
+        tiles = {"gluon 1x1x1": 9.0, "gluon 2x2x2": 1.0}
+        adapted = {f"with an adapter: {tile}": 1.1 * t for tile, t in tiles.items()}
+        us |= {"cublas": 1.0, "with an adapter: cublas, addmm": 1.3, **tiles, **adapted}
+        return {"form": form, "M": 8192, "N": N, "K": K, "parts": parts, "us": us}
+
+    times = [row("forward", 14336, 4096), row("forward", 1024, 4096)]
+    times += [row("dx", 1024, 4096, backward=1.2), row("dx", 6144, 4096, 4096, 1024, 1024)]
+    found = {"machine": {"device": "G"}, "numerics": [], "times": times}
+    (tmp_path / "hopper.json").write_text(json.dumps(found))
+    lines = {line.split("  ")[0]: line for line in targets.table(tmp_path).splitlines()}
+    assert lines["forward 14336x4096, M >= 2048"].endswith("1.10  missed by 0.04")
+    assert lines["forward 1024x4096, M >= 2048"].endswith("1.10  met, and the aim")
+    assert lines["backward 1024x4096, M >= 2048"].endswith("1.20  met")
+    assert lines["backward 4096x4096, M >= 2048"].endswith("not measured")
+    assert lines["dx of q, k and v over three addmm_"].endswith("1.18  met")
+    assert "on G" in lines
 
 
 def test_targets_of_nothing_are_not_measured(tmp_path):

@@ -159,7 +159,7 @@ def test_a_gpu_that_is_not_there(capsys):
 
 def test_without_a_command_the_help_is_printed(capsys):
     assert cli.main([]) == 0
-    assert "{doctor,verify,convert,merge,bench}" in capsys.readouterr().out
+    assert "{doctor,verify,convert,merge,bench,tune}" in capsys.readouterr().out
 
 
 def test_the_command_is_declared():

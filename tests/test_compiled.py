@@ -3,15 +3,8 @@
 FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every row of the tables.
 """
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from aot import ARCHITECTURES, cases
+from aot import ARCHITECTURES, cases, facts_of
 from conftest import EXTENT
 from fused_lora.triton_kernels import configs
 
@@ -40,20 +33,7 @@ pytestmark = [pytest.mark.timeout(3600), pytest.mark.extent]
 
 @pytest.fixture(scope="session")
 def facts(tmp_path_factory):
-    """What aot.py reads from the cubins, made once also where several workers run the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    path = folder / "compiled.json"
-    with open(folder / "compiled.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            harness = Path(__file__).with_name("aot.py")
-            env = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
-            # Machine code names its source files: what another checkout compiled names others.
-            env["TRITON_CACHE_DIR"] = str(harness.parents[1] / "build" / "compiled")
-            subprocess.run([sys.executable, harness, path, EXTENT], env=env, check=True)
-    return json.loads(path.read_text())
+    return facts_of("aot.py", EXTENT, tmp_path_factory.getbasetemp())
 
 
 def tensor_core(f: dict) -> str:

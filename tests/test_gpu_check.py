@@ -67,7 +67,7 @@ def test_what_a_stage_says_and_measures_is_kept(tmp_path, fake):
     assert found.returncode == 0, found.stdout + found.stderr
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     logs = {f"{stage}.log" for stage in STAGES if stage != "report"}
-    assert kept == logs | {"x.json", "machine.txt", "targets.txt"}
+    assert kept == logs | {"x.json", "machine.txt", "targets.txt", "tuning.json"}
     assert found.stdout.rstrip().endswith(f"fused_lora.bench.report targets {tmp_path}/out")
     calls = (tmp_path / "calls").read_text()
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
@@ -92,7 +92,7 @@ def test_without_a_gpu_nothing_begins(tmp_path, fake):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [([], "usage: "), (["--help"], "usage: "), (["out", "tune"], "no stage tune\nusage: ")],
+    [([], "usage: "), (["--help"], "usage: "), (["out", "warm"], "no stage warm\nusage: ")],
 )
 def test_wrong_arguments(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

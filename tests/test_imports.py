@@ -26,7 +26,8 @@ ALLOWED = {
     "checkpoint": {"inject", "nn", "optim"},
     "integrations": {"ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
-    "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing"},
+    "tune": {"ops", "testing", "triton_kernels"},
+    "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},
 }
 LAZY = {"triton_kernels", "cuda_kernels", "_C"}
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DROPOUTS, backends, dtypes, fuzz, kernels, layouts, ranks, seeds
+from cases import CUDA, DROPOUTS, backends, dtypes, fuzz, kernels, layouts, ranks, seeds
 from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,8 +66,8 @@ def check_against_fp64(tensors, dy, backend, **kwargs):
 
 @backends
 @given(
-    M=st.sampled_from((0, 1, 7, 33, 65)), K=st.sampled_from((0, 1, 8, 33, 70)),
-    N=st.sampled_from((0, 1, 8, 33, 65)), R=ranks, dtype=dtypes, layout=layouts, dy_layout=layouts,
+    M=st.sampled_from((0, 1, 7, 33, 65)), K=st.sampled_from((0, 1, 8, 33)),
+    N=st.sampled_from((0, 1, 8, 33)), R=ranks, dtype=dtypes, layout=layouts, dy_layout=layouts,
     gate=st.booleans(), p=st.sampled_from((0.0, *DROPOUTS, 1.0)), seed=seeds,
 )  # fmt: skip
 @fuzz(12)
@@ -78,20 +78,42 @@ def test_any_shape(backend, M, K, N, R, dtype, layout, dy_layout, gate, p, seed)
 
 
 @backends
-@pytest.mark.parametrize("lead", [(), (2, 3), (2, 0), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_leading_dimensions(backend, lead, p):
     tensors = leaves(make(lead=lead))
     check_against_fp64(tensors, guarded((*lead, 9), device=DEVICE), backend, dropout_p=p, seed=5)
 
 
-@backends
-@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=5))[1:], ids=str)
+SUBSETS = list(itertools.product((False, True), repeat=5))[1:]
+# For these the kernels have forms of their own.
+FORMS = [tuple(map(bool, map(int, bits))) for bits in ("10000", "01000", "00100", "00010", "11101")]
+
+
+@functools.cache
+def every_gradient(backend):
+    """(the tensors, dy, y and all gradients) of one call."""
+    dy, tensors = guarded((5, 9), device=DEVICE), make()
+    return tensors, dy, run(fl.lora_add, leaves(tensors), dy, **masked(backend))
+
+
+def masked(backend):
+    return {"dropout_p": 0.3, "seed": 5, "backend": backend}
+
+
+@pytest.mark.parametrize(
+    ("backend", "needs"),
+    [
+        *(("torch", needs) for needs in SUBSETS),
+        *(("triton", needs) for needs in FORMS),
+        *(pytest.param("cuda", needs, marks=CUDA.marks) for needs in FORMS),
+    ],
+    ids=str,
+)
 def test_only_the_gradients_asked_for(backend, needs, monkeypatch):
     """Any subset is the same as in the full set; for base_out alone nothing is computed."""
-    dy, tensors = guarded((5, 9), device=DEVICE), make()
-    options = {"dropout_p": 0.3, "seed": 5, "backend": backend}
-    every = run(fl.lora_add, leaves(tensors), dy, **options)
+    tensors, dy, every = every_gradient(backend)
+    options = masked(backend)
     some = run(fl.lora_add, leaves(tensors, needs), dy, **options)
     expected = [every[0], *itertools.compress(every[1:], needs)]
     for got, want in zip(some, expected, strict=True):
@@ -179,7 +201,7 @@ def test_a_base_of_any_strides(kernels):
 
 @backends
 def test_bitwise_repeatable_and_inputs_untouched(backend):
-    tensors, dy = leaves(make(65, 30, 70, 7)), guarded((65, 70), device=DEVICE)
+    tensors, dy = leaves(make(65, 30, 40, 7)), guarded((65, 40), device=DEVICE)
     before = [t.detach().clone() for t in (*tensors, dy)]
     options = {"dropout_p": 0.3, "seed": 1, "backend": backend}
     first, again = (run(fl.lora_add, tensors, dy, **options) for _ in range(2))
@@ -209,6 +231,10 @@ def test_saved_bytes():
 
 # Integration with torch
 
+# Of opcheck's, the one that compiles takes most of the time.
+CHEAP = "test_schema", "test_autograd_registration", "test_faketensor"
+CHECKS = *CHEAP, "test_aot_dispatch_dynamic"
+
 
 @pytest.mark.parametrize(
     "p, gate, dtype", [(0.3, True, torch.float32), (0.0, False, torch.bfloat16)]
@@ -216,23 +242,24 @@ def test_saved_bytes():
 def test_opcheck(p, gate, dtype):
     base, x, a, b, gate = make(gate=gate, lead=(2, 3), dtype=dtype)
     seed = torch.tensor([1], device=DEVICE) if p else None
-    for save_h in (False, True):
+    for save_h, tests in ((False, CHEAP), (True, CHECKS)):
         args = (base, x, a, b, gate, seed, SCALE, p, save_h, "torch")
-        torch.library.opcheck(torch.ops.fused_lora.lora_add.default, args)
+        torch.library.opcheck(torch.ops.fused_lora.lora_add.default, args, test_utils=tests)
     h, dy = torch.ops.fused_lora.lora_add(*args)[1], torch.randn_like(base)
     needs = [True, False, True, True, False, gate is not None]
     backward = torch.ops.fused_lora.lora_linear_group_backward.default
     args = ([dy], x, [None], [a], [b], [gate], [h], seed, [SCALE], p, needs, "torch")
-    torch.library.opcheck(backward, args)
+    torch.library.opcheck(backward, args, test_utils=CHECKS if p else CHEAP)
 
 
-@pytest.mark.parametrize(("dynamic", "p"), [(False, 0.3), (True, 0.0)])
-def test_compiles_without_a_graph_break(dynamic, p):
-    compiled = torch.compile(fl.lora_add, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for M in (5, 6, 9):
+def test_compiles_without_a_graph_break():
+    compiled = torch.compile(fl.lora_add, backend="aot_eager", fullgraph=True)
+    for M in (5, 9):
         tensors, dy = leaves(make(M)), guarded((M, 9), device=DEVICE)
-        ours = run(compiled, tensors, dy, dropout_p=p, seed=3)
-        eager = run(fl.lora_add, tensors, dy, dropout_p=p, seed=3)
+        for t in tensors[:2]:
+            torch._dynamo.mark_dynamic(t, 0)
+        ours = run(compiled, tensors, dy, dropout_p=0.3, seed=3)
+        eager = run(fl.lora_add, tensors, dy, dropout_p=0.3, seed=3)
         assert all(torch.equal(u, v) for u, v in zip(ours, eager, strict=True))
 
 

@@ -31,11 +31,14 @@ MULTI_GEMV = "triton_kernels/multi_gemv.py"
 SEGMENTS = "triton_kernels/segments.py"
 OP = "ops/lora_linear.py"
 MULTI = "ops/multi_lora_linear.py"
+ADD = "ops/lora_add.py"
+GROUP = "ops/lora_linear_group.py"
 ROUTING = "ops/routing.py"
 BANK = "bank.py"
 CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
+EMBEDDING = "triton_kernels/embedding.py"
 ADALORA = "optim/adalora.py"
 
 # All six tensors, with dropout and without.
@@ -378,7 +381,7 @@ FAULTS = {
     "triton: dx without its LoRA part": Fault(
         OP,
         "dx = kernels.segment_gemm([base, lora], early=1)",
-        "dx = kernels.segment_gemm([base], early=1)",
+        "dx = kernels.segment_gemm([base])",
         MASTERS.format("triton"),
     ),
     "triton: the base part of dx masked as well": Fault(
@@ -398,6 +401,31 @@ FAULTS = {
         "return dx, da, db if need_db else None, dgate",
         "return dx, da, db, dgate",
         SUBSET.format("False, False, False, False, False, True", "triton"),
+    ),
+    # Embeddings.
+    "embedding: the prompt's last row is a token's": Fault(
+        EMBEDDING,
+        "mask=(offs_t < m)[:, None] & mask_d[None, :],",
+        "mask=(offs_t < m - 1)[:, None] & mask_d[None, :],",
+        "test_dept_embedding.py::test_a_block_takes_several_sequences[none-2]",
+    ),
+    "embedding: the pair of the first sequence for all": Fault(
+        EMBEDDING,
+        "positions_ptr + n * stride_positions[0] + offs_l * stride_positions[1],",
+        "positions_ptr + offs_l * stride_positions[1],",
+        "test_dept_embedding.py::test_a_block_takes_several_sequences[every row-2]",
+    ),
+    "embedding: a position past the pair takes its last row": Fault(
+        EMBEDDING,
+        "mask_m & (positions >= 0) & (positions < S)",
+        "mask_m & (positions >= 0)",
+        "test_dept_embedding.py::test_any_shape[triton]",
+    ),
+    "embedding: sums without the last block of rows": Fault(
+        EMBEDDING,
+        "for i in range(first, last, BLOCK_M):",
+        "for i in range(first, last - BLOCK_M, BLOCK_M):",
+        "test_lora_embedding.py::test_any_shape[triton]",
     ),
     "triton asked for, torch run": Fault(
         OP,
@@ -490,6 +518,43 @@ FAULTS = {
         "dx = _scaled_mm(keep_scale, dh, a)",
         "dx = (dh @ a)",
         ROWS.format("torch"),
+    ),
+    # A base made elsewhere, and projections that share x.
+    "gemm: the base left out": Fault(
+        GEMM,
+        "acc += tl.load(base, mask=mask, other=0.0).to(tl.float32)",
+        "acc += 0.0",
+        "test_lora_add.py::test_leading_dimensions[0.3-(2, 3)-triton]",
+    ),
+    "add: the gradient of the base scaled": Fault(
+        ADD,
+        "grads = dy, dx, da",
+        "grads = ctx.scale * dy, dx, da",
+        "test_lora_add.py::test_leading_dimensions[0.3-(2, 3)-torch]",
+    ),
+    "adapter: a base without a gradient taken": Fault(
+        "nn/adapter.py",
+        "input.requires_grad and not _has_gradient(base_out)",
+        "input.requires_grad and not base_out.is_floating_point()",
+        "test_adapter.py::test_a_base_without_a_gradient",
+    ),
+    "group: no mask on dx of the adapters": Fault(
+        GROUP,
+        "mask = (bits, drop[2], 1) if drop and adapters else None",
+        "mask = None",
+        "test_lora_linear_group.py::test_one_mask_for_the_group[triton]",
+    ),
+    "group: dx of the last projection alone": Fault(
+        GROUP,
+        "dx = dy @ weight if dx is None else dx.addmm_(dy, weight)",
+        "dx = dy @ weight",
+        "test_lora_linear_group.py::test_leading_dimensions[0.3-(2, 3)-torch]",
+    ),
+    "group: outputs that nothing came from have zeros for gradients": Fault(
+        GROUP,
+        "ctx.set_materialize_grads(False)",
+        "ctx.set_materialize_grads(True)",
+        "test_lora_linear_group.py::test_outputs_that_nothing_came_from[(1,)-torch]",
     ),
     # What the public function and autograd do around both.
     "the backward draws another mask": Fault(

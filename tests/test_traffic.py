@@ -274,6 +274,56 @@ def test_bytes_of_lora_linear_are_those_that_it_touches(shape, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_of_lora_add_are_those_that_it_touches(p):
+    case = registry.LinearCase(100, 72, 136, 12, p, torch.float16)
+    x, base, a, b = registry.add_tensors(case, torch.device("cpu"))
+    options = {"scale": 0.5, "dropout_p": p, "seed": 3, "backend": "triton"}
+    with counted() as forward:
+        y = fl.lora_add(base, x, a, b, **options)
+    with counted() as backward:
+        dy = torch.randn_like(y)
+        dbase, *grads = torch.autograd.grad(y, (base, x, a, b), dy)
+    h = forward.argument("shrink_kernel", "h_ptr")
+    read = sum(forward.touched("load", t) for t in (x, base, a, b))
+    written = sum(forward.touched("store", t) for t in (y, h))
+    assert read + written == registry.add_bytes(case, "forward")
+    assert forward.loaded(base) == all_bytes(base)
+    stored_once(forward, "segment_gemm_kernel", y)
+    read = sum(backward.touched("load", t) for t in (x, a, b, dy, h))
+    written = sum(backward.touched("store", t) for t in grads)
+    assert read + written == registry.add_bytes(case, "backward")
+    assert dbase is dy and backward.touched("store", dy) == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_of_lora_linear_group_are_those_that_it_touches(p):
+    """x is read once for all adapters, forward and backward, and dx written once."""
+    case = registry.GroupCase(100, 130, 136, (72, 33, 25), 12, p, torch.float16)
+    x, *tensors = registry.group_tensors(case, torch.device("cpu"))
+    weights, lora_as, lora_bs = tensors[:3], tensors[3:6], tensors[6:]
+    options = {"scales": [0.5] * 3, "dropout_p": p, "seed": 3, "backend": "triton"}
+    with counted() as forward:
+        ys = fl.lora_linear_group(x, weights, lora_as, lora_bs, **options)
+    with counted() as backward:
+        dys = [torch.randn_like(y) for y in ys]
+        dx, *_ = torch.autograd.grad(ys, (x, *lora_as, *lora_bs), dys)
+    a, h = (forward.argument("shrink_kernel", name) for name in ("a_ptr", "h_ptr"))
+    assert a.shape == (36, 136) and h.shape == (100, 36)
+    assert forward.loaded(x, "shrink_kernel") == all_bytes(x)
+    read = sum(forward.touched("load", t) for t in (x, a, *weights, *lora_bs))
+    written = sum(forward.touched("store", t) for t in (*ys, h))
+    assert read + written == registry.group_bytes(case, "forward")
+    assert backward.loaded(x, "row_reduce_kernel") == all_bytes(x)
+    assert len(backward.arguments["segment_gemm_kernel"]) == 1
+    stored_once(backward, "segment_gemm_kernel", dx)
+    # dA, of all adapters together, and A beside it are 2 R K; dB is as B, which is read.
+    (a,) = {t for t in backward.argument("segment_gemm_kernel", "rhs_ptrs") if t.shape == (136, 36)}
+    read = sum(backward.touched("load", t) for t in (x, a, h, *weights, *lora_bs, *dys))
+    written = backward.touched("store", dx) + all_bytes(a) + sum(map(all_bytes, lora_bs))
+    assert read + written == registry.group_bytes(case, "backward")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_large_operands_of_a_training_step(p):
     """x is read by shrink, the base product and dA; dy by the row reduction and dx."""
     case = registry.LinearCase(100, 72, 136, 12, p, torch.float16)

@@ -3,12 +3,16 @@
 A row is chosen by the GPU's family, the kind of product and the sizes; any size on any GPU finds
 one. Nothing else enters, so a result is the same, bit for bit, on every GPU of a family.
 
+Above them routes: rows of measured times that name the kernel, and its tile, for sizes near theirs.
+
 A row's maxnreg is what its shared memory leaves to a block: left alone, ptxas aims for more blocks
 on a multiprocessor than fit, and spills for it.
 """
 
 import functools
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -30,9 +34,16 @@ SPLITS_OF_K, ROWS_OF_ADAPTER = 8, 1024
 DECODE_ROWS, DECODE_TILE = 64, 16
 
 
+# An H100 or H200 has so many multiprocessors; in a clock, each makes so many products of 16-bit
+# numbers and gets so many bytes from L2.
+MULTIPROCESSORS, PRODUCTS_PER_CLOCK, L2_BYTES_PER_CLOCK = 132, 2048, 46
+# Barriers of the rings and arguments of the partitions of segment_gemm_hopper.
+HOPPER_EXTRA = 512
+
+
 @functools.cache
-def table() -> dict:
-    return json.loads((Path(__file__).parent / "tuning" / "default.json").read_text())
+def table(name: str = "default") -> dict:
+    return json.loads((Path(__file__).parent / "tuning" / f"{name}.json").read_text())
 
 
 @functools.cache
@@ -89,6 +100,40 @@ def choose(op: str, kind: str, sm: int, sizes: tuple[tuple[str, int], ...]) -> d
 
 def segment_gemm(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
     return choose("segment_gemm", kind(dtype), sm, (("M", M), ("MN", M * N)))
+
+
+def segment_gemm_hopper(M: int, N: int, multiprocessors: int) -> dict:
+    """The tile with which the rounds of blocks of one K step each take the least time."""
+
+    def clocks(row):
+        block_m, block_n, block_k = row["BLOCK_M"], row["BLOCK_N"], row["BLOCK_K"]
+        rounds = triton.cdiv(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), multiprocessors)
+        products = block_m * block_n * block_k / PRODUCTS_PER_CLOCK
+        loads = 2 * (block_m + block_n) * block_k / L2_BYTES_PER_CLOCK
+        return rounds * max(products, loads)
+
+    return min(table("hopper")["segment_gemm"], key=clocks)
+
+
+def hopper_shared_memory(config: dict) -> int:
+    """Bytes that a block of segment_gemm_hopper takes, at most: the ring, and y on its way out."""
+    step = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
+    y = config["BLOCK_M"] * config["BLOCK_N"]
+    return 2 * (config["STAGES"] * step + y) + HOPPER_EXTRA
+
+
+def hopper_valid(config: dict) -> bool:
+    """Whether segment_gemm_hopper can run with a config: two warpgroups, boxes of TMA, memory."""
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    return (
+        all(block & (block - 1) == 0 for block in (block_m, block_n))
+        and 128 <= block_m <= 256
+        and 64 <= block_n <= 256
+        and block_m * block_n <= 128 * 256  # two accumulators in registers
+        and config["BLOCK_K"] == 64  # 128 bytes, the widest swizzle
+        and config["STAGES"] >= 2
+        and hopper_shared_memory(config) <= 1024 * SHARED_MEMORY[90]
+    )
 
 
 def segment_add(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
@@ -149,6 +194,65 @@ def multi_row_reduce(R: int, dtype: torch.dtype, sm: int) -> dict:
     """ROWS likewise: an adapter's gradients do not depend on the others of the batch."""
     row = choose("multi_row_reduce", kind(dtype), sm, (("R", R),))
     return row | {"BLOCK_R": block_of(R, MAX_BLOCK_R[kind(dtype)]), "ROWS": ROWS_OF_ADAPTER}
+
+
+# What may make the sum of segment_gemm: its own kernel, segment_gemm_hopper, or torch's products.
+ROUTES = "triton", "gluon", "torch"
+# Rows tell something of sizes with at most so many times more or fewer rows.
+REACH = 4
+
+
+def tuning_path() -> Path:
+    """What `fused-lora tune` writes and the launchers read."""
+    if path := os.environ.get("FUSED_LORA_TUNING"):
+        return Path(path)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fused_lora" / "tuning.json"
+
+
+@functools.cache
+def routes() -> tuple[dict, ...]:
+    """The user's rows, then those of tuning/routes.json."""
+    path = tuning_path()
+    try:
+        own = json.loads(path.read_text())["rows"] if path.exists() else []
+        unknown = [row for row in own if row["route"] not in ROUTES]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of fused-lora tune ({error!r}); remove it") from error
+    if unknown:
+        raise ValueError(f"{path}: route must be one of {', '.join(ROUTES)}, got {unknown[0]}")
+    return (*own, *table("routes")["rows"])
+
+
+@functools.cache
+def gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def rank_bucket(R: int) -> int:
+    return triton.next_power_of_2(max(1, R))
+
+
+@functools.lru_cache(maxsize=4096)
+def route(M: int, **sizes) -> dict | None:
+    """The row for the nearest M, by the logarithm, among those that agree in all that they name.
+
+    sizes are form, kind, sm, gpu, triton, N, K and R; a row that leaves one out is for all of them,
+    and one without M for every M. The first of the tables that has a row within REACH answers.
+    """
+    best, distance = None, math.log(REACH) + 1e-9
+    for row in routes():
+        if all(row.get(key, value) == value for key, value in sizes.items()):
+            away = abs(math.log(M / row.get("M", M)))
+            if away < distance:
+                best, distance = row, away
+    return best
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may say that the next can begin: where a route's kernel makes use of it."""
+    gluon = any(row["route"] == "gluon" for row in routes())
+    return gluon and capability(device) == 90
 
 
 def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:

@@ -4,11 +4,15 @@ import torch
 import triton.language as tl
 
 
-def launch(kernel, grid, device: torch.device, *args, **meta) -> None:
+def launch(kernel, grid, device: torch.device, *args, overlap: bool = False, **meta) -> None:
     """kernel[grid](*args, **meta) with `device` current.
 
-    enable_fp_fusion is stated so that the numerics do not move with Triton's default for it.
+    enable_fp_fusion is stated so that the numerics do not move with Triton's default for it. With
+    overlap the kernel may begin before the one launched last has ended, and has to wait for it
+    itself (programmatic dependent launch).
     """
+    if overlap:
+        meta["launch_pdl"] = True
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](*args, enable_fp_fusion=True, **meta)
 

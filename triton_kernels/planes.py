@@ -9,7 +9,9 @@ No result depends on which block came last.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import configs
 from .launch import exact, launch
 
 
@@ -42,7 +44,11 @@ def sum_planes_kernel(
     scale,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     pid_i = tl.program_id(0).to(tl.int64)
     pid_r = tl.program_id(1).to(tl.int64)
     offs_i = pid_i * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -86,6 +92,7 @@ def sum_planes(planes, *, plain_scale=1.0, scale=1.0, gate=None, w=None, h=None,
     blocks = triton.cdiv(I, BLOCK_I)
     dots = None if w is None else planes.new_empty(blocks, R)
     if I and R:
+        overlap = configs.overlaps(planes.device)
         launch(
             sum_planes_kernel,
             (blocks, triton.cdiv(R, BLOCK_R)),
@@ -107,6 +114,8 @@ def sum_planes(planes, *, plain_scale=1.0, scale=1.0, gate=None, w=None, h=None,
             scale,
             BLOCK_I=BLOCK_I,
             BLOCK_R=BLOCK_R,
+            OVERLAP=overlap,
+            overlap=overlap,
             num_warps=4,
         )
     return None if dots is None else dots.sum(0)

@@ -8,8 +8,8 @@ from .multi_gemv import multi_gemv_add_, multi_gemv_shrink
 from .multi_row_reduce import multi_row_reduce
 from .multi_segment_gemm import multi_segment_add_, multi_segment_gemm
 from .multi_shrink import multi_shrink, multi_shrink_group, sum_rows
+from .routes import segment_gemm
 from .row_reduce import row_reduce_dy, row_reduce_x
-from .segment_gemm import segment_gemm
 from .shrink import shrink
 
 __all__ = [

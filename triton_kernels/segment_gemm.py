@@ -123,13 +123,11 @@ def segment_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def segment_gemm(segments, *, base=None, bias=None, mask=None, config=None, early=0):
+def segment_gemm(segments, *, base=None, bias=None, mask=None, config=None):
     """y [M, N] = base + bias + sum of L R^T over the pairs (L [M, K_i], R [N, K_i]), in order.
 
     mask is None or (bits uint8 [M, ceil(N / 8)], keep_scale, n): after the first n segments the
     accumulator is multiplied by keep * keep_scale. base [M, N], of any strides, is not written.
-    early says that the first segments were complete before the kernel launched last began; this
-    one begins when that one has ended, and need not know.
     """
     lhs, rhs = zip(*segments, strict=True)
     M, N = lhs[0].shape[0], rhs[0].shape[0]

@@ -7,6 +7,7 @@ writes an fp32 plane [M, R] and the planes are added in order.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs
 from .dropout import expand_bits, keep_bits
@@ -36,7 +37,10 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     pid_m = tl.program_id(0).to(tl.int64)
     pid_k = tl.program_id(1).to(tl.int64)
     pid_r = tl.program_id(2).to(tl.int64)
@@ -121,6 +125,7 @@ def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=Non
             keep_scale,
             threshold,
             INPUT_PRECISION=configs.input_precision(x.dtype),
+            OVERLAP=configs.overlaps(x.device),
             **c,
         )
     if planes is not None:

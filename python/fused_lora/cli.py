@@ -409,6 +409,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _integers(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="fused-lora", description=__doc__)
     version = f"fused-lora {_version('fused-lora')}"
@@ -443,6 +447,17 @@ def parser() -> argparse.ArgumentParser:
     join.add_argument("out", help="the folder to write")
     join.add_argument("--json", action="store_true")
     commands.add_parser("bench", help="measure (fused-lora bench --help)", add_help=False)
+    tune = commands.add_parser(
+        "tune", help="time the kernels for a model's sizes on this GPU; later calls take the best"
+    )
+    tune.add_argument("--shapes", type=_shapes, help="NxK,... (default: Llama 8B and 70B)")
+    tune.add_argument("--rows", type=_integers, help="of x: 512,2048,8192")
+    tune.add_argument("--rank", type=_positive, default=16)
+    tune.add_argument("--dtype", type=_names(tuple(DTYPES)), default=["bf16"])
+    forms = "forward", "dx", "masked dx"
+    tune.add_argument("--form", type=_names(forms), default=forms, help=", ".join(forms))
+    tune.add_argument("--out", help="the table (default: FUSED_LORA_TUNING, or the user's cache)")
+    tune.add_argument("--json", action="store_true")
     return whole
 
 
@@ -457,6 +472,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "doctor":
         return doctor(arguments)
+    if arguments.command == "tune":
+        from fused_lora import tune
+
+        return tune.main(arguments)
     if arguments.command == "convert":
         scale = arguments.r, arguments.lora_alpha
         if arguments.form == "loralib" and None in scale:

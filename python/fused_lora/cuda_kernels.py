@@ -189,7 +189,8 @@ def segment_gemm(segments, *, base=None, bias=None, mask=None, block_m=None, ear
 
     block_m are the rows of a tile, or "sm90": then, or where FORM is that, it is
     hopper_segment_gemm wherever that can run. Where it cannot, a warning says why. early: how many
-    of the segments were complete, as bias was, before the kernel launched last began.
+    of the segments were complete, as bias was, before the kernel launched last began; the
+    other form begins when that one has ended, and need not know.
     """
     if (block_m or FORM) == "sm90":
         if (reason := hopper_refuses(segments)) is None:

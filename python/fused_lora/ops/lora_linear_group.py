@@ -170,7 +170,11 @@ def forward_kernels(backend, x, weights, biases, adapters, seed, dropout_p, save
         t, h = kernels.shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
         for own, part in zip(adapters, t.split(_ranks(own.a for own in adapters), 1), strict=True):
             segments[own.place].append((part, own.b))
-    ys = [kernels.segment_gemm(s, bias=bias) for s, bias in zip(segments, biases, strict=True)]
+    # The base products may be read while shrink still runs.
+    ys = [
+        kernels.segment_gemm(s, bias=bias, early=len(s) - 1)
+        for s, bias in zip(segments, biases, strict=True)
+    ]
     return ys, h
 
 
@@ -259,8 +263,10 @@ def backward_kernels(backend, bases, x, adapters, wanted, seed, dropout_p, need_
         base = [(dy, weight.t()) for dy, weight in bases]
         lora = [(_joined(dhs, 1), _joined([own.a for own in adapters], 0).t())] if adapters else []
         mask = (bits, drop[2], 1) if drop and adapters else None
-        # A mask is on the LoRA part alone, which then comes first.
-        dx = kernels.segment_gemm(lora + base if mask else base + lora, mask=mask)
+        if mask:  # It is on the LoRA part alone, which then comes first.
+            dx = kernels.segment_gemm(lora + base, mask=mask)
+        else:
+            dx = kernels.segment_gemm(base + lora, early=len(base) if lora else 0)
     return dx, da, of_adapters
 
 
