@@ -4,7 +4,7 @@ VENV := .venv/bin/python
 PYTEST = $(VENV) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench check clean extension
+.PHONY: help demo test test-full test-gpu bench check clean extension
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,10 @@ demo: extension ## a small model with adapters, from injection to merge
 test: extension ## the whole suite, without a GPU (under 10 minutes on 2 cores)
 	$(PYTEST) tests $$($(VENV) -c 'import importlib.util as u; print("-n 2" if u.find_spec("xdist") else "")')
 	@echo "make test: all tests passed"
+
+test-full: extension ## the quick suite's slow half: every planted fault, sanitizers, every configuration
+	FUSED_LORA_EXTENT=full $(PYTEST) tests -n 2 -m "slow or extent"
+	@echo "make test-full: all tests passed"
 
 test-gpu: extension ## the correctness suite on a CUDA device
 	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests

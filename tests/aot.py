@@ -45,6 +45,8 @@ CALLS = {
     "add": {"gate": True},
     "group-backward": {"p": 0.1, "gate": True},
 }
+# At one size and in 16 bits alone: in float32 the embeddings spill (docs/measured.md).
+ONCE = "embedding", "add", "group-backward"
 SLOTS = 64  # of the calls for many adapters
 
 
@@ -68,13 +70,12 @@ def cases(extent: str) -> list[Case]:
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
                 # What M changes in these calls, others meet.
-                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv", "embedding"
-                fixed += ("group-backward",)
-                if M == max(buckets) or not call.startswith(fixed):
+                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv"
+                if call not in ONCE and (M == max(buckets) or not call.startswith(fixed)):
                     found.append(Case(sm, dtype, M, R, call))
-        elif dtype == "fp16":
-            calls = "forward-all", "backward-all", "multi-forward", "embedding", "add"
-            found += [Case(sm, dtype, 1024, 64, call) for call in (*calls, "group-backward")]
+        if dtype == "fp16" and sm in ARCHITECTURES["default"]:
+            calls = "forward-all", "backward-all", "multi-forward", *ONCE
+            found += [Case(sm, dtype, 1024, 64, call) for call in calls]
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
     return list(dict.fromkeys(found))
 
