@@ -21,6 +21,7 @@ def results(tmp_path_factory):
     return json.loads((folder / "methods.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_every_method_is_run(results):
     found, folder = results
     plan = methods.STAGES["cpu-quick"]

@@ -1174,6 +1174,7 @@ def test_every_fault_can_be_planted(tmp_path):
         plant(fault, tmp_path / "csrc" / fault.file, write=False)
 
 
+@pytest.mark.slow
 def test_every_test_passes_without_a_fault(tmp_path):
     faults = *FAULTS.values(), *(CUDA_FAULTS.values() if CUDA_REFUSES is None else ())
     tests = sorted({fault.test for fault in faults})
