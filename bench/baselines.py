@@ -59,6 +59,47 @@ def _addmm(case, x, weight, a, b):
     return lambda: Addmm.apply(x, weight, a, b)
 
 
+class ChainedAddmm(torch.autograd.Function):
+    """y_i [M, N_i] of x [M, K] and of n projections each weight [N_i, K], then each a [R, K], then
+    each b [N_i, R]; no gradient of the weights."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *tensors: Tensor):
+        ctx.save_for_backward(x, *tensors)
+        n = len(tensors) // 3
+        return tuple(
+            F.linear(x, weight).addmm_(F.linear(x, a), b.t(), alpha=SCALE)
+            for weight, a, b in zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *tensors = ctx.saved_tensors
+        n = len(dys)
+        dx, das, dbs = torch.empty_like(x), [None] * n, [None] * n
+        for i, dy in enumerate(dys):
+            weight, a, b = tensors[i::n]
+            dh = dy @ b
+            dx.addmm_(dy, weight, beta=int(i > 0)).addmm_(dh, a, alpha=SCALE)
+            if ctx.needs_input_grad[1 + n + i]:
+                das[i] = torch.empty_like(a)
+                das[i].t().addmm_(x.t(), dh, beta=0, alpha=SCALE)
+            if ctx.needs_input_grad[1 + 2 * n + i]:
+                dbs[i] = torch.empty_like(b)
+                dbs[i].t().addmm_(a @ x.t(), dy, beta=0, alpha=SCALE)
+        return dx, *[None] * n, *das, *dbs
+
+
+def _chained_addmm(case, x, *tensors):
+    """Unsloth's algebra for q, k and v (unsloth/kernels/fast_lora.py, LoRA_QKV).
+
+    dx is a chain of 2n products of which all but the first are added in place by a GEMM with beta
+    = 1: it is written 2n times and read 2n - 1 times. dy b is computed once, where theirs is twice.
+    """
+    return lambda: list(ChainedAddmm.apply(x, *tensors))
+
+
 def _formula(p, x, weight, a, b):
     kept = F.dropout(x, p) if p else x
     return F.linear(x, weight) + SCALE * F.linear(F.linear(kept, a), b)
@@ -239,6 +280,13 @@ BASELINES: dict[str, dict] = {
         "build": _grouped_mm,
         "keep": torch_keep,
         "unavailable": _no_grouped_mm,
+    },
+}
+GROUP_BASELINES: dict[str, dict] = {
+    "chained addmm_": {
+        "build": _chained_addmm,
+        "keep": torch_keep,
+        "unavailable": lambda device, case: no_dropout(case),
     },
 }
 MULTI_BASELINES: dict[str, dict] = {

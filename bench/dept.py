@@ -9,20 +9,13 @@ within a round, in a new order each. Memory is the peak on a GPU, and on a CPU w
 backward.
 """
 
-import argparse
-import json
-import os
-import random
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fused_lora.bench.measure import Spread
+from fused_lora.bench.claims import answers, heading, milliseconds, ratio, save, timed
 from fused_lora.bench.report import machine
-from fused_lora.bench.run import progress
+from fused_lora.bench.run import Parser, progress
 from torch import Tensor, nn
 
 import fused_lora as fl
@@ -125,10 +118,10 @@ class Batch(NamedTuple):
         return cls(ids, labels)
 
 
-def step_of(model, embedding, batch: Batch) -> Callable[[], None]:
+def step_of(model, embedding) -> Callable[[Batch], None]:
     optimizer = torch.optim.AdamW(trained(embedding), lr=1e-4)
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
         model(inputs_embeds=embedding(batch.ids), labels=batch.labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,9 +129,9 @@ def step_of(model, embedding, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def inference_of(model, embedding, batch: Batch) -> Callable[[], None]:
+def inference_of(model, embedding) -> Callable[[Batch], None]:
     @torch.no_grad()
-    def run() -> None:
+    def run(batch: Batch) -> None:
         model(inputs_embeds=embedding(batch.ids), labels=batch.labels)
 
     return run
@@ -148,11 +141,11 @@ def memory(model, embedding, batch: Batch) -> int:
     """Bytes: the peak of a step on a GPU; elsewhere what its forward keeps for the backward, but
     the parameters, each storage once."""
     if batch.ids.is_cuda:
-        step = step_of(model, embedding, batch)
-        step()
+        step = step_of(model, embedding)
+        step(batch)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        step(batch)
         return torch.cuda.max_memory_allocated() - before
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *embedding.parameters())}
     kept: dict[int, int] = {}
@@ -169,38 +162,16 @@ def memory(model, embedding, batch: Batch) -> int:
     return sum(kept.values())
 
 
-def timed(calls: dict[str, Callable[[], None]], rounds, wait: Callable) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, in a new order every round."""
-    order, seconds = random.Random(0), {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in rounds:
-        for name in order.sample(list(calls), len(calls)):
-            wait()
-            start = time.perf_counter()
-            calls[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
     model, embeddings = with_embeddings(plan, device)
     batch = Batch.of(plan, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     result = {"op": NAME, "machine": machine(device), "plan": plan._asdict()}
     result["parameters"] = {n: sum(p.numel() for p in trained(e)) for n, e in embeddings.items()}
     result["memory"] = {n: memory(model, e, batch) for n, e in embeddings.items()}
     for what, make in (("step", step_of), ("inference", inference_of)):
-        calls = {name: make(model, e, batch) for name, e in embeddings.items()}
-        result[what] = timed(calls, track(range(plan.rounds)), wait)
+        calls = {name: make(model, e) for name, e in embeddings.items()}
+        result[what] = timed(calls, [batch] * plan.rounds, device, track)
     return result
-
-
-def over(result: dict, what: str, name: str) -> float:
-    """The median, over rounds, of the time of a contender in the baseline's."""
-    pairs = zip(result[what][name], result[what][BASELINE], strict=True)
-    return statistics.median(a / b for a, b in pairs)
 
 
 def verdicts(result: dict) -> list[tuple[str, str, bool]]:
@@ -209,19 +180,19 @@ def verdicts(result: dict) -> list[tuple[str, str, bool]]:
     for name in result["parameters"]:
         if not name.startswith("DePT") or name.endswith("as published"):
             continue
-        ratios = {what: over(result, what, name) for what in ("step", "inference")}
+        ratios = {what: ratio(result[what], name, BASELINE) for what in ("step", "inference")}
         ratios["memory"] = result["memory"][name] / result["memory"][BASELINE]
         found += [
-            (f"{name}: over 20 % less {what}", f"{ratio:.3f}", ratio <= CLAIMED)
-            for what, ratio in ratios.items()
+            (f"{name}: over 20 % less {what}", f"{share:.3f}", share <= CLAIMED)
+            for what, share in ratios.items()
         ]
     return found
 
 
 def markdown(result: dict) -> str:
     plan = result["plan"]
-    lines = [f"# {NAME}", "", *(f"- {k}: {v}" for k, v in result["machine"].items()), ""]
-    lines += [
+    lines = [
+        *heading(result),
         f"T5 of {plan['num_layers']} layers, d_model {plan['d_model']}, {plan['batch']} inputs of "
         f"{plan['length']} tokens; ratios are to a soft prompt of {plan['prompt']} rows, and "
         f"`{AGAIN}` is the noise.",
@@ -231,39 +202,24 @@ def markdown(result: dict) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, parameters in result["parameters"].items():
-        step, run = (
-            [1e3 * t for t in Spread.of(result[what][name])] for what in ("step", "inference")
-        )
+        times = [
+            f"{milliseconds(result[what][name])} | {ratio(result[what], name, BASELINE):.3f}"
+            for what in ("step", "inference")
+        ]
         kept = result["memory"][name]
         lines.append(
-            f"| {name} | {parameters:,} | {step[1]:.4g} [{step[0]:.4g} - {step[2]:.4g}] | "
-            f"{over(result, 'step', name):.3f} | {run[1]:.4g} [{run[0]:.4g} - {run[2]:.4g}] | "
-            f"{over(result, 'inference', name):.3f} | {kept / 1e6:.4g} | "
+            f"| {name} | {parameters:,} | {' | '.join(times)} | {kept / 1e6:.4g} | "
             f"{kept / result['memory'][BASELINE]:.3f} |"
         )
-    lines += ["", "| claim | measured | holds |", "| --- | --- | --- |"]
-    lines += [f"| {c} | {said} | {'yes' if ok else 'NO'} |" for c, said, ok in verdicts(result)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *answers(verdicts(result))]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_lora.bench.dept", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser("python -m fused_lora.bench.dept", __doc__)
     parser.add_argument("--stage", choices=sorted(STAGES), default="base")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
-    device = torch.device(chosen.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    result = measure(STAGES[chosen.stage], device, progress)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    path = chosen.out / NAME
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result))
+    chosen = parser.chosen(arguments)
+    result = measure(STAGES[chosen.stage], chosen.device, progress)
+    path = save(result, markdown(result), chosen.out)
     print(markdown(result))
     print(f"{path}: .json, .md")
     return 0

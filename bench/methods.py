@@ -16,16 +16,11 @@ nnz(g) (K + N + 1) for gated layers. The time of a step, optimiser included, is 
 model at one rank, in turns, for LoRA, SoRA and AdaLoRA here and LoRA and AdaLoRA in PEFT.
 """
 
-import argparse
 import copy
 import functools
 import itertools
-import json
 import math
-import os
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +29,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fused_lora.bench.measure import Spread
+from fused_lora.bench import claims
+from fused_lora.bench.claims import ratio
 from fused_lora.bench.report import machine
-from fused_lora.bench.run import progress
+from fused_lora.bench.run import Parser, progress
 from fused_lora.bench.text import GPT, KINDS, PRESETS, Settings, reference_prose, stdlib_sources
 from torch import Tensor, nn
 
@@ -281,25 +277,12 @@ CONTENDERS = {
 
 
 def time_steps(plan: Plan, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step of each contender, round by round, in a new order every round."""
+    """Seconds of a step of each contender, round by round."""
     s = PRESETS[plan.timed]
     base = GPT(s).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     task = Task(s, 0, plan.rounds, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     steps = {name: make(base, plan.timed_rank, s) for name, make in CONTENDERS.items()}
-    order, seconds = random.Random(0), {name: [] for name in steps}
-    for step in steps.values():
-        for tokens in task.batches[:2]:
-            step(tokens)
-    for i in range(plan.rounds):
-        tokens = task.batches[i % len(task.batches)]
-        for name in order.sample(list(steps), len(steps)):
-            wait()
-            start = time.perf_counter()
-            steps[name](tokens)
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return claims.timed(steps, task.batches, device)
 
 
 def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
@@ -366,12 +349,6 @@ def at_equal_parameters(lora: Curve, parameters: float) -> float | None:
     return None
 
 
-def over(results: dict, name: str, other: str) -> float:
-    """The median, over rounds, of the time of a step of one in that of another."""
-    pairs = zip(results["seconds"][name], results["seconds"][other], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
 def verdicts(results: dict) -> list[tuple[str, str, bool]]:
     """(the claim, what was measured, whether it holds)."""
     lora, sora = curve(results, LORA), curve(results, SORA)
@@ -403,19 +380,18 @@ def verdicts(results: dict) -> list[tuple[str, str, bool]]:
         ("a step of SoRA takes at most 1.03 of LoRA's", SORA, LORA, 1.03),
         ("a step of SoRA takes less than 0.9 of PEFT AdaLoRA's", SORA, PEFT_ADALORA, 0.9),
     ):
-        ratio = over(results, name, other)
-        again = over(results, f"{LORA} again", LORA)
-        said = f"{ratio:.3f}; LoRA in itself: {again:.3f}"
-        found.append((claim, said, ratio <= bound))
+        share = ratio(results["seconds"], name, other)
+        again = ratio(results["seconds"], f"{LORA} again", LORA)
+        said = f"{share:.3f}; LoRA in itself: {again:.3f}"
+        found.append((claim, said, share <= bound))
     return found
 
 
 def markdown(results: dict) -> str:
-    plan, facts = results["plan"], results["machine"]
-    lines = [f"# {NAME}", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
-    lines += [
-        f"{results['model']}, {plan['seeds']} seeds; before adapting: {results['before']:.4f} bits "
-        f"per byte of held-out prose.",
+    lines = [
+        *claims.heading(results),
+        f"{results['model']}, {results['plan']['seeds']} seeds; before adapting: "
+        f"{results['before']:.4f} bits per byte of held-out prose.",
         "",
         "| method | setting | parameters kept | bits a byte | seeds apart | steps |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -428,12 +404,9 @@ def markdown(results: dict) -> str:
             )
     lines += ["", "| a step of | ms: p50 [p20 - p80] | of LoRA's |", "| --- | --- | --- |"]
     for name, seconds in results["seconds"].items():
-        p20, p50, p80 = (1e3 * t for t in Spread.of(seconds))
-        ratio = over(results, name, LORA)
-        lines.append(f"| {name} | {p50:.4g} [{p20:.4g} - {p80:.4g}] | {ratio:.3f} |")
-    lines += ["", "| claim | measured | holds |", "| --- | --- | --- |"]
-    lines += [f"| {c} | {said} | {'yes' if ok else 'NO'} |" for c, said, ok in verdicts(results)]
-    return "\n".join(lines) + "\n"
+        share = ratio(results["seconds"], name, LORA)
+        lines.append(f"| {name} | {claims.milliseconds(seconds)} | {share:.3f} |")
+    return "\n".join([*lines, *claims.answers(verdicts(results))]) + "\n"
 
 
 COLORS = {LORA: "#8d99ae", SORA: "#d1495b", RAISED: "#edae49", ADALORA: "#2a6f97"}
@@ -453,7 +426,7 @@ def draw(results: dict, path: Path) -> None:
     quality.set(xlabel="parameters kept", ylabel="bits a byte of held-out prose")
     quality.legend(frameon=False)
     names = list(results["seconds"])[::-1]
-    ratios = [over(results, name, LORA) for name in names]
+    ratios = [ratio(results["seconds"], name, LORA) for name in names]
     speed.barh(names, ratios, color=[COLORS.get(name, "#c9d1d9") for name in names])
     speed.axvline(1, color=INK, linewidth=0.8)
     speed.set_xlabel("time of a step, of LoRA's")
@@ -468,29 +441,17 @@ def draw(results: dict, path: Path) -> None:
 
 def save(results: dict, folder: Path) -> Path:
     """Write methods.json, .md and .png; returns their path without suffix."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    path = claims.save(results, markdown(results), folder)
     draw(results, path.with_suffix(".png"))
     return path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_lora.bench.methods", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser("python -m fused_lora.bench.methods", __doc__)
     parser.add_argument("--stage", choices=sorted(STAGES), help="default: by the device")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
-    device = torch.device(chosen.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    stage = chosen.stage or ("gpu" if device.type == "cuda" else "cpu")
-    results = measure(STAGES[stage], device, progress)
+    chosen = parser.chosen(arguments)
+    stage = chosen.stage or ("gpu" if chosen.device.type == "cuda" else "cpu")
+    results = measure(STAGES[stage], chosen.device, progress)
     path = save(results, chosen.out)
     print(path.with_suffix(".md").read_text())
     print(f"{path}: .json, .md, .png")

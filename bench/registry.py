@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fused_lora.bench.baselines import BASELINES, MULTI_BASELINES, SCALE, torch_keep
+from fused_lora.bench.baselines import (
+    BASELINES,
+    GROUP_BASELINES,
+    MULTI_BASELINES,
+    SCALE,
+    torch_keep,
+)
 from fused_lora.bench.peers import MULTI_PEERS, PEERS
 from torch import Tensor
 
@@ -332,20 +338,22 @@ class GroupCase(NamedTuple):
     R: int = 16
     p: float = 0.0
     dtype: torch.dtype = torch.float32
+    trained: bool = True  # else the adapters are frozen, and the backward is dx alone
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
         packed = "+".join(map(str, self.widths))
-        return f"M={self.M} {packed}x{self.K} r={self.R} p={self.p:g} {dtype}"
+        frozen = "" if self.trained else ", dx alone"
+        return f"M={self.M} {packed}x{self.K} r={self.R} p={self.p:g} {dtype}{frozen}"
 
 
 def group_tensors(case: GroupCase, device: torch.device) -> list[Tensor]:
     """x, the frozen weights, every lora_a, every lora_b, of N(0, 1)."""
-    M, _, K, widths, R, _, dtype = case
+    M, _, K, widths, R, _, dtype, trained = case
     n = len(widths)
     shapes = (M, K), *((N, K) for N in widths), *[(R, K)] * n, *((N, R) for N in widths)
     return [
-        torch.randn(shape, device=device, dtype=dtype).requires_grad_(not 1 <= i <= n)
+        torch.randn(shape, device=device, dtype=dtype).requires_grad_(i == 0 or (trained and i > n))
         for i, shape in enumerate(shapes)
     ]
 
@@ -369,17 +377,23 @@ def _one_projection(case: GroupCase) -> LinearCase:
 
 
 def group_flops(case: GroupCase, direction: str) -> int:
-    more = 2 * case.M * case.R * case.K * (len(case.widths) - 1)  # each product with A, dA, dh A
-    more *= {"forward": 1, "backward": 2, "both": 3}[direction]
-    return linear_flops(_one_projection(case), direction) + more
+    one, more = _one_projection(case), 2 * case.M * case.R * case.K * (len(case.widths) - 1)
+    forward = linear_flops(one, "forward") + more  # the products with A
+    # With dA and dh A; of a frozen adapter dy B and dh A alone.
+    backward = linear_flops(one, "backward") + 2 * more if case.trained else forward
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
 def group_bytes(case: GroupCase, direction: str) -> int:
     """x is read once, dx written once, h and the adapters are those of each projection."""
-    more = (len(case.widths) - 1) * case.R * case.dtype.itemsize
-    h, a = case.M * more, case.K * more  # forward: A -> h; backward: A, h -> dA
-    more = {"forward": a + h, "backward": a + h + a, "both": 3 * a + 2 * h}[direction]
-    return linear_bytes(_one_projection(case), direction) + more
+    one, more = _one_projection(case), (len(case.widths) - 1) * case.R * case.dtype.itemsize
+    h, a = case.M * more, case.K * more
+    forward = linear_bytes(one, "forward") + a + h  # A -> h
+    backward = linear_bytes(one, "backward") + a + h + a  # A, h -> dA
+    if not case.trained:  # dy and dx in the places of y and x, and no h
+        forward -= h + case.M * case.R * case.dtype.itemsize
+        backward = forward
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
 def _group_base(case, x, *tensors):
@@ -440,7 +454,9 @@ def _group_stages() -> dict[str, Stage]:
         "cpu-quick": Stage(cases((64,), [(512, 128, 128)], 512)),
         "quick": Stage(cases((2048,), llama[:1], dtype=BF16)),
         "training": Stage(
-            [case for p in (0.0, 0.1) for case in cases((8192, 2048), llama, p=p, dtype=BF16)]
+            cases((8192, 2048), llama, dtype=BF16)
+            + cases((8192,), llama, trained=False, dtype=BF16)
+            + cases((8192, 2048), llama, p=0.1, dtype=BF16)
         ),
         "decode": Stage(cases((1, 16, 64), llama, dtype=BF16), directions=("forward",)),
     }
@@ -465,6 +481,7 @@ LORA_LINEAR_GROUP = Op(
             f"{backend}, one by one": _one_by_one(backend)
             for backend in ("torch", "triton", "cuda")
         },
+        **_also(GROUP_BASELINES),
     },
 )
 # multi_lora_linear: x [M, K], weight [N, K], a_slots [G, R, K], bt_slots [G, R, N].

@@ -90,43 +90,62 @@ def progress(cases):
     return track(cases, description="measuring")
 
 
+class Parser(argparse.ArgumentParser):
+    """The options of every benchmark, --out and --device, and those that are added; the text of
+    --help is the first line of `doc`."""
+
+    def __init__(self, prog: str, doc: str):
+        super().__init__(prog=prog, description=doc.partition("\n")[0])
+        self.add_argument(
+            "--out", type=Path, default=Path("bench_out"), help="folder of the results"
+        )
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    def chosen(self, arguments: list[str] | None) -> argparse.Namespace:
+        """What was asked for; device is a torch.device. The threads of a CPU are set."""
+        found = self.parse_args(arguments)
+        if found.device.startswith("cuda") and not torch.cuda.is_available():
+            self.error(f"--device {found.device}: torch sees no CUDA device")
+        found.device = torch.device(found.device)
+        if found.device.type == "cpu":
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+        return found
+
+
+def contenders_named(parser: Parser, only: str | None, known: Iterable[str]) -> list[str] | None:
+    """Those of --only, "a, b": an error of the parser where one is not known."""
+    names = only and [name.strip() for name in only.split(",")]
+    if unknown := sorted(set(names or ()) - set(known)):
+        parser.error(f"--only: no contender {', '.join(unknown)}; there are {'; '.join(known)}")
+    return names
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="fused-lora bench", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser("fused-lora bench", __doc__)
     stages = sorted({name for op in OPS.values() for name in op.stages})
     parser.add_argument("--op", choices=sorted(OPS), action="append", help="default: every one")
     parser.add_argument("--stage", choices=stages, action="append", help="default: by the device")
     parser.add_argument("--only", help="contenders, separated by commas; default: all")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="for a stage: no case is begun after them")
     parser.add_argument("--case-seconds", type=float, help="for the rounds of one case")
-    chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
-    known = {name for op in OPS.values() for name in op.contenders}
-    chosen.only = chosen.only and [name.strip() for name in chosen.only.split(",")]
-    if unknown := sorted(set(chosen.only or ()) - known):
-        parser.error(f"--only: no contender {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = parser.chosen(arguments)
+    known = dict.fromkeys(name for op in OPS.values() for name in op.contenders)
+    chosen.only = contenders_named(parser, chosen.only, known)
     return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
-    device = torch.device(chosen.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     refused: list[str] = []
     for name in chosen.op or OPS:
         op = OPS[name]
-        for stage in chosen.stage or STAGES[device.type]:
+        for stage in chosen.stage or STAGES[chosen.device.type]:
             if stage not in op.stages:
                 continue
             results = measure(
                 op,
                 op.stages[stage],
-                device,
+                chosen.device,
                 seconds=chosen.seconds,
                 only=chosen.only,
                 case_seconds=chosen.case_seconds,

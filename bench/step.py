@@ -9,7 +9,6 @@ round.
 """
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from fused_lora.bench.measure import Spread
 from fused_lora.bench.report import Report, machine
-from fused_lora.bench.run import progress
+from fused_lora.bench.run import Parser, contenders_named, progress
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,35 +392,24 @@ class StepReport(Report):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_lora.bench.step", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser("python -m fused_lora.bench.step", __doc__)
     parser.add_argument("--stage", choices=sorted(STAGES), help="default: by the device")
     parser.add_argument("--only", help="contenders, separated by commas; default: all")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, help="no case is begun after them")
-    chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
+    chosen = parser.chosen(arguments)
     if chosen.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {chosen.rounds}")
-    chosen.only = chosen.only and [name.strip() for name in chosen.only.split(",")]
-    for name in set(chosen.only or ()) - set(CONTENDERS):
-        parser.error(f"--only: no contender {name}; there are {'; '.join(CONTENDERS)}")
+    chosen.only = contenders_named(parser, chosen.only, CONTENDERS)
     return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
-    device = torch.device(chosen.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    stage = chosen.stage or ("gpu" if device.type == "cuda" else "cpu")
+    stage = chosen.stage or ("gpu" if chosen.device.type == "cuda" else "cpu")
     results = measure(
         progress(STAGES[stage]),
-        device,
+        chosen.device,
         rounds=chosen.rounds,
         seconds=chosen.seconds,
         only=chosen.only,

@@ -14,16 +14,18 @@ LONG = 2048, 8192, 16384
 COPY_BYTES_PER_S = 4.3e12  # what a copy reaches on an H200
 
 
+CHAIN = "chained addmm_"
 # The triton backend with every sum on the route to the Gluon kernel: fused_lora.bench.hopper.
 GLUON = "gluon"
 
 
 class Results(NamedTuple):
-    """One report of lora_linear and one of multi_lora_linear, the DRAM bytes {contender: {"read",
-    "write"}}, and what bench.hopper found, as far as they are known."""
+    """A report of lora_linear, one of multi_lora_linear and one of lora_linear_group, the DRAM
+    bytes {contender: {"read", "write"}}, and what bench.hopper found, as far as they are known."""
 
     report: Report | None
     multi: Report | None
+    group: Report | None
     dram: dict[str, dict]
     hopper: dict
 
@@ -182,12 +184,26 @@ def cost_of_eight(results: Results, name: str) -> float | None:
 
 
 def chained(layer) -> Callable:
-    """The smallest speedup of one launch over a chain of addmm_, one for the adapters together."""
+    """The smallest speedup of dx in one launch over a chain of addmm_: of the sum alone, given dh,
+    where bench.hopper timed it; of a group whose adapters are frozen with the products dh = dy B,
+    which both make."""
+    widths, K = layer
 
     def value(results: Results, name: str) -> float | None:
-        found = results.sums("dx", (layer,), LONG) if name == GLUON else ()
-        theirs = "with an adapter: cublas, addmm"
-        return worst([us[theirs] / best(us, "with an adapter: ") for us in found], least=True)
+        if name == GLUON:
+            found = results.sums("dx", (layer,), LONG)
+            theirs = "with an adapter: cublas, addmm"
+            return worst([us[theirs] / best(us, "with an adapter: ") for us in found], least=True)
+        speedups = []
+        for case in results.group.cases if results.group else ():
+            c = case["case"]
+            usual = c["R"] == 16 and c["dtype"] == "bfloat16" and c["p"] == 0 and c["M"] in LONG
+            if usual and not c["trained"] and (tuple(c["widths"]), c["K"]) == (widths, K):
+                ours, theirs = (
+                    results.group.times(case, "cold", "backward", n) for n in (name, CHAIN)
+                )
+                speedups.append(theirs["p50"] / ours["p50"] if theirs and ours else None)
+        return worst(speedups, least=True)
 
     return value
 
@@ -223,8 +239,9 @@ TARGETS = [
 def load(folder: Path) -> Results:
     """What a folder holds of runs on one machine, and of their DRAM traffic."""
     reports = []
-    for op in ("lora_linear", "multi_lora_linear"):
-        parts = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{op}*.json"))]
+    for op in ("lora_linear", "multi_lora_linear", "lora_linear_group"):
+        paths = [p for p in sorted(folder.glob(f"{op}*.json")) if p.stem.partition("-")[0] == op]
+        parts = [json.loads(path.read_text()) for path in paths]
         reports.append(Report(merged(parts)) if parts else None)
     paths = folder / "dram.json", folder / "hopper.json"
     dram, hopper = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
@@ -234,7 +251,7 @@ def load(folder: Path) -> Results:
 def table(folder: Path) -> str:
     """A line a target: the value of each of ours, and the verdict on the better one."""
     results = load(folder)
-    reports = [report for report in (results.report, results.multi) if report]
+    reports = [report for report in results[:3] if report]
     ours = list(dict.fromkeys(name for report in reports for name in report.ours))
     devices = [report.results["machine"]["device"] for report in reports]
     if "times" in results.hopper:

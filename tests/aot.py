@@ -45,8 +45,9 @@ CALLS = {
     "add": {"gate": True},
     "group-backward": {"p": 0.1, "gate": True},
 }
-# At one size and in 16 bits alone: in float32 the embeddings spill (docs/measured.md).
-ONCE = "embedding", "add", "group-backward"
+# What M changes in these calls, others meet.
+ANY_M = "backward-frozen-b", "backward-dx", "multi-decode", "multi-qkv", "multi-qkv-decode"
+ANY_M += "embedding", "group-backward"
 SLOTS = 64  # of the calls for many adapters
 
 
@@ -69,14 +70,16 @@ def cases(extent: str) -> list[Case]:
         buckets = BUCKETS["half" if dtype in ("bf16", "fp16") else dtype]
         if extent == "full":
             for M, R, call in itertools.product(buckets, RANKS, CALLS):
-                # What M changes in these calls, others meet.
-                fixed = "backward-frozen", "backward-dx", "multi-decode", "multi-qkv"
-                if call not in ONCE and (M == max(buckets) or not call.startswith(fixed)):
+                fixed = call in ANY_M or (call == "add" and M > min(buckets))
+                if M == max(buckets) or not fixed:
                     found.append(Case(sm, dtype, M, R, call))
         if dtype == "fp16" and sm in ARCHITECTURES["default"]:
-            calls = "forward-all", "backward-all", "multi-forward", *ONCE
+            calls = "forward-all", "backward-all", "multi-forward"
+            calls += "embedding", "add", "group-backward"
             found += [Case(sm, dtype, 1024, 64, call) for call in calls]
     found += [Case(90, "bf16", M, 16, call) for M in (4096, 8192) for call in CALLS]
+    # The tightest tiles of the embeddings, and the smallest of lora_add.
+    found += [Case(80, "fp32", 16, 32, call) for call in ("embedding", "add")]
     return list(dict.fromkeys(found))
 
 
@@ -120,7 +123,7 @@ def install():
         row = choose(op, kind, sm, sizes)
         if row:
             chosen = {"op": op, "family": configs.family(sm), "kind": kind, "row": row}
-            name = op.removesuffix("_u") + "_kernel"
+            name = {"segment_add": "segment_gemm"}.get(op, op.removesuffix("_u")) + "_kernel"
             CHOSEN[name] = CHOSEN[f"multi_{name}"] = chosen
         return row
 

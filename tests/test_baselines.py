@@ -126,6 +126,16 @@ def test_projections_of_one_x(name, dtype, device):
     gate(MULTI_LORA_ADD, case, contender, MULTI_LORA_ADD.tensors(case, device))
 
 
+@pytest.mark.parametrize("name", ["chained addmm_", "naive", "torch"])
+def test_dx_alone(name, device):
+    """Of a group whose adapters are frozen: x has the only gradient."""
+    case = GroupCase(20, 72, 48, (40, 16, 16), R=8, dtype=torch.float32, trained=False)
+    op = LORA_LINEAR_GROUP
+    tensors = op.tensors(case, device)
+    assert [t.requires_grad for t in tensors] == [True] + [False] * 9
+    gate(op, case, op.contenders[name], tensors)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(

@@ -50,11 +50,12 @@ PRESENT = {name: OP.contenders[name] for name in ("linear", "naive", "naive agai
 
 
 GROUP = GroupCase(6, 18, 14, (10, 5, 3), R=3)
+FROZEN = GROUP._replace(trained=False)
 
 
 @pytest.mark.parametrize(
     ("op", "case"),
-    [(OP, CASE), (LORA_ADD, CASE), (LORA_LINEAR_GROUP, GROUP)],
+    [(OP, CASE), (LORA_ADD, CASE), (LORA_LINEAR_GROUP, GROUP), (LORA_LINEAR_GROUP, FROZEN)],
     ids=lambda v: getattr(v, "name", None),
 )
 def test_flops_are_those_that_torch_counts(op, case):
@@ -77,7 +78,11 @@ def test_bytes_of_one_case():
     assert OP.bytes(CASE, "backward") == 4 * (y + x + weight + a + b + h + x + a + b)
     half = CASE._replace(dtype=torch.bfloat16)
     assert 2 * OP.bytes(half, "both") == OP.bytes(CASE, "both")
-    for op, case in ((OP, CASE), (LORA_ADD, CASE), (LORA_LINEAR_GROUP, GROUP)):
+    once = x + 18 * 14 + 3 * a + 18 * 3 + 6 * 18  # x or dx, the weights, A, B, y or dy
+    for direction in ("forward", "backward"):
+        assert LORA_LINEAR_GROUP.bytes(FROZEN, direction) == 4 * once
+    groups = (LORA_LINEAR_GROUP, GROUP), (LORA_LINEAR_GROUP, FROZEN)
+    for op, case in ((OP, CASE), (LORA_ADD, CASE), *groups):
         assert op.bytes(case, "both") == op.bytes(case, "forward") + op.bytes(case, "backward")
 
 
@@ -502,6 +507,39 @@ def test_targets_on_the_route_to_the_gluon_kernel(tmp_path):
     assert lines["backward 4096x4096, M >= 2048"].endswith("not measured")
     assert lines["dx of q, k and v over three addmm_"].endswith("1.18  met")
     assert "on G" in lines
+
+
+def test_targets_of_groups(tmp_path):
+    """dx alone, of q, k and v; what is of another op is not taken for lora_linear's."""
+    qkv = GroupCase(8192, 6144, 4096, (4096, 1024, 1024), dtype=torch.bfloat16, trained=False)
+    times = {"torch": 1.1, "triton": 1.0, "chained addmm_": 1.27}
+    cases = [
+        {
+            "label": str(case),
+            "case": {**case._asdict(), "dtype": "bfloat16"},
+            "flops": {"backward": 1},
+            "bytes": {"backward": 1},
+            "times": {
+                name: {"cold": {"backward": {"p50": slower * ms / 1e3, "over": {}}}}
+                for name, ms in times.items()
+            },
+            "memory": {},
+            "failed": {},
+        }
+        for case, slower in (
+            (qkv, 1), (qkv._replace(M=2048), 1), (qkv._replace(trained=True), 9),
+            (qkv._replace(widths=(3072, 3072)), 9), (qkv._replace(p=0.1), 9),
+        )
+    ]  # fmt: skip
+    cases[1]["times"]["triton"]["cold"]["backward"]["p50"] = 1.02e-3
+    cases[2]["times"]["triton"]["cold"]["backward"]["p50"] = 9.0
+    results = {**known(), "op": "lora_linear_group", "cases": cases, "missing": {}}
+    (tmp_path / "lora_linear_group-training.json").write_text(json.dumps(results))
+    found = targets.load(tmp_path)
+    assert found.report is None and len(found.group.cases) == 5
+    lines = {line.split("  ")[0]: line for line in targets.table(tmp_path).splitlines()}
+    line = lines["dx of q, k and v over three addmm_"]
+    assert line.endswith("    1.15    1.25  met")  # the slower of the two cases of triton
 
 
 def test_targets_of_nothing_are_not_measured(tmp_path):

@@ -13,6 +13,7 @@ from tiny_llama import tiny_llama
 
 import fused_lora as fl
 from fused_lora.nn import DePT, DePTEmbedding, LoRAEmbedding, dept_rank
+from fused_lora.nn import dept as nn_dept
 
 V, D, m, S, R = 64, 32, 3, 10, 4
 
@@ -404,6 +405,12 @@ def spoil(folder, what):
         (folder / "adapter_model.safetensors").unlink()
     elif what == "garbage":
         (folder / "adapter_model.safetensors").write_bytes(b"pickle")
+    elif what == "twice":
+        text = json.dumps(config).replace('"r"', '"max_length": 9, "r"')
+        (folder / "adapter_config.json").write_text(text)
+    elif what == "link":
+        (folder / "adapter_config.json").rename(folder.parent / "elsewhere.json")
+        (folder / "adapter_config.json").symlink_to(folder.parent / "elsewhere.json")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +424,9 @@ def spoil(folder, what):
         ("shape", ValueError, r"prompt must have shape \[3, 32\], got \[3, 31\]"),
         ("nan", ValueError, "lora_a has values that are not finite numbers"),
         ("file", FileNotFoundError, "has no adapter_model.safetensors"),
-        ("garbage", ValueError, ""),
+        ("garbage", ValueError, "a header of [0-9]+ bytes; at most 16777216 are read"),
+        ("twice", ValueError, "the key 'max_length' occurs twice"),
+        ("link", ValueError, "adapter_config.json leads out of its folder"),
     ],
 )
 def test_a_spoilt_folder_changes_nothing(tmp_path, what, error, message):
@@ -428,6 +437,30 @@ def test_a_spoilt_folder_changes_nothing(tmp_path, what, error, message):
     with pytest.raises(error, match=message):
         model.load(tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_save_is_one_step(tmp_path, monkeypatch):
+    """One that is cut short is read whole, and one that comes while the folder is read is noticed:
+    never the config of one with the tensors of another."""
+    first, second = (DePT(tiny("llama"), m, S, R, lora_alpha=alpha) for alpha in (1, 2))
+    first.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_lora.files.finish", lambda folder: None)
+        second.save(tmp_path)
+    assert DePT.from_folder(tiny("llama"), tmp_path).embedding.lora_alpha == 2
+    for name in ("read_json", "Header"):
+        first.save(tmp_path)
+        real = getattr(nn_dept, name)
+
+        def and_then_a_save(*args, real=real):
+            found = real(*args)
+            second.save(tmp_path)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn_dept, name, and_then_a_save)
+            with pytest.raises(RuntimeError, match="was saved while it was read; read it again"):
+                first.load(tmp_path)
 
 
 def test_what_the_wrapper_refuses():

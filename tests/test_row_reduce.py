@@ -1,8 +1,14 @@
 """P = drop(z)^T v and u = z w from one read, and what the backward makes of them, against fp64."""
 
+import itertools
+
+import fused_lora.triton_kernels.row_reduce as triton_row_reduce
+import pytest
 import torch
+import triton
 from cases import DROPOUTS, dtypes, fuzz, kernels, layouts, ranks, seeds, sizes
 from conftest import DEVICE
+from fused_lora.triton_kernels import configs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +93,54 @@ def test_x(kernels, M, K, R, dtype, kinds, seed, p):
     assert_accurate(("da",), (da,), plain, (x, dh))
     if bits is not None:
         assert torch.equal(bits, own.dropout_bits(seed, M, K, threshold))
+
+
+HALF, TF32 = torch.float16, torch.float32
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the table of another GPU, under the interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "R", "columns"),
+    [(HALF, 33, 256), (HALF, 48, 512), (HALF, 64, 256), (HALF, 64, 512), (TF32, 64, 128)],
+    ids=str,
+)
+def test_u_of_wide_ranks(dtype, R, columns):
+    """The rows of compute capability 9.0, each on several blocks of rows and of columns."""
+    kind = "half" if dtype == HALF else "tf32"
+    (row,) = (
+        row
+        for row in configs.rows("row_reduce_u", 90, kind)
+        if row["max_R"] >= R and row["BLOCK_C"] == columns
+    )
+    launched = {"BLOCK_M", "BLOCK_C", "num_warps", "num_stages"}
+    config = {key: row[key] for key in launched} | {"BLOCK_R": 64, "ROWS": 128}
+    dy, h, b = (guarded(s, dtype=dtype, device=DEVICE) for s in ((300, 600), (300, R), (600, R)))
+    p, u = triton_row_reduce.row_reduce(dy, h, w=b, config=config)
+    assert p.shape == (3, R, 600) and u.shape == (-(-600 // columns), 300, R)
+
+    def plain(dy, h, b):
+        return dy.t() @ h, dy @ b
+
+    found = p.sum(0).t().to(dtype), u.sum(0).to(dtype)
+    assert_accurate(("P", "u"), found, plain, (dy, h, b))
+
+
+def test_a_row_with_u_is_of_the_fewest_bytes():
+    """docs/kernels.md: 8 MR of u's planes a block of columns, 8 RC of P's a block of rows; of the
+    tiles that make blocks for most multiprocessors."""
+    R = 64
+    for M, C in itertools.product((2048, 8192), (1024, 4096, 14336)):
+        found = {}
+        for columns in (256, 512):
+            across = triton.cdiv(C, columns)
+            rows = 64 * triton.cdiv(M, 64 * (128 // across))
+            down = triton.cdiv(M, rows)
+            found[columns] = down * across < 96, 8 * R * (M * across + C * down)
+        row = configs.row_reduce(M, C, R, torch.bfloat16, 90, with_u=True)
+        assert row["BLOCK_C"] == min(found, key=found.get), (M, C)
+        blocks = triton.cdiv(M, row["ROWS"]) * triton.cdiv(C, row["BLOCK_C"])
+        assert 96 <= blocks <= 128, (M, C)
+    assert configs.row_reduce(8192, 4096, 65, torch.bfloat16, 90, with_u=True) == {}
 
 
 @kernels

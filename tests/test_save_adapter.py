@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch.nn import LayerNorm, Linear, Module, ModuleList
 
 import fused_lora as fl
-from fused_lora.checkpoint import files, reading
+from fused_lora import files
+from fused_lora.checkpoint import reading
 from fused_lora.checkpoint.reading import read_folder
 from fused_lora.nn import LoRALinear, SoRALinear
 

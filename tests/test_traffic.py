@@ -7,12 +7,13 @@ import torch
 import triton
 from conftest import DEVICE
 from fused_lora.bench import registry
+from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.multi_gemv import multi_gemv_add_, multi_gemv_shrink
 from fused_lora.triton_kernels.multi_row_reduce import multi_row_reduce
 from fused_lora.triton_kernels.multi_segment_gemm import multi_segment_add_, multi_segment_gemm
 from fused_lora.triton_kernels.multi_shrink import multi_shrink
 from fused_lora.triton_kernels.planes import BLOCK_I, BLOCK_R, sum_planes
-from fused_lora.triton_kernels.row_reduce import row_reduce
+from fused_lora.triton_kernels.row_reduce import row_reduce, row_reduce_dy
 from fused_lora.triton_kernels.segment_gemm import segment_gemm
 from fused_lora.triton_kernels.shrink import shrink
 from traffic import counted
@@ -109,6 +110,16 @@ def test_row_reduce(with_u, rank):
     if with_u:
         assert u.shape == (blocks(N, 32), M, rank)
         stored_once(traffic, kernel, u)
+
+
+@pytest.mark.parametrize(("rank", "reads"), [(16, 1), (33, 1), (64, 1), (65, 2)])
+def test_dy_is_read_once_up_to_rank_64(monkeypatch, rank, reads):
+    """By the table of compute capability 9.0: above, u's planes are more than a second read."""
+    monkeypatch.setattr(configs, "capability", lambda device: 90)
+    dy, h, b = draw(M, N), draw(M, rank), draw(N, rank)
+    with counted() as traffic:
+        row_reduce_dy(dy, b, h, scale=1.0)
+    assert traffic.loaded(dy) == reads * all_bytes(dy)
 
 
 def test_row_reduce_writes_the_mask_once():

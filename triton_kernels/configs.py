@@ -137,8 +137,9 @@ def hopper_valid(config: dict) -> bool:
 
 
 def segment_add(M: int, N: int, dtype: torch.dtype, sm: int) -> dict:
-    """Without a base product there is little to reuse: the tiles are those of few rows."""
-    return segment_gemm(min(M, 16 if kind(dtype) == "fp32" else 64), N, dtype, sm)
+    """Without a base product there is little to reuse, and K is a rank: small tiles, and no more
+    threads than have 16 bytes of each operand to load."""
+    return choose("segment_add", kind(dtype), sm, (("M", M), ("MN", M * N)))
 
 
 def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
@@ -151,16 +152,18 @@ def shrink(M: int, K: int, R: int, dtype: torch.dtype, sm: int) -> dict:
 
 
 def row_reduce(M: int, C: int, R: int, dtype: torch.dtype, sm: int, with_u: bool = False) -> dict:
-    """M is split into ROWS until there are BLOCKS_WANTED blocks.
+    """M is split into ROWS until there are BLOCKS_WANTED blocks, or the row's `blocks`: where the
+    memory of a multiprocessor holds one of them, more would only mean more planes.
 
     Empty: for this rank u costs less as a shrink of its own.
     """
-    row = choose("row_reduce_u" if with_u else "row_reduce", kind(dtype), sm, (("R", R),))
+    op = "row_reduce_u" if with_u else "row_reduce"
+    row = dict(choose(op, kind(dtype), sm, (("R", R), ("MC", M * C))))
     if not row:
         return {}
     block_r = block_of(R, MAX_BLOCK_R[kind(dtype)])
     blocks = triton.cdiv(C, row["BLOCK_C"]) * triton.cdiv(R, block_r)
-    split = max(1, BLOCKS_WANTED // max(1, blocks))
+    split = max(1, row.pop("blocks", BLOCKS_WANTED) // max(1, blocks))
     steps = max(1, triton.cdiv(M, split * row["BLOCK_M"]))
     return row | {"BLOCK_R": block_r, "ROWS": steps * row["BLOCK_M"]}
 
@@ -172,7 +175,8 @@ def embedding(N: int, T: int, D: int, R: int, dtype: torch.dtype, sm: int) -> di
     blocks = triton.cdiv(T, row["BLOCK_M"]) * triton.cdiv(D, row["BLOCK_D"])
     split = max(1, BLOCKS_WANTED // max(1, blocks))
     # A wider step of ranks spills beside the sum and the row that it is added to.
-    return row | {"BLOCK_R": block_of(R, 64), "SEQUENCES": max(1, triton.cdiv(N, split))}
+    block_r = block_of(R, row["BLOCK_R"])
+    return row | {"BLOCK_R": block_r, "SEQUENCES": max(1, triton.cdiv(N, split))}
 
 
 def row_by_row(M: int, G: int) -> bool:
@@ -260,6 +264,7 @@ def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
     c = {"BLOCK_R": block_of(config.get("max_R", 256), MAX_BLOCK_R[kind]), **config}
     lhs, rhs, step = {
         "segment_gemm": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        "segment_add": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
         "shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
         "multi_shrink": ("BLOCK_M", "BLOCK_R", "BLOCK_K"),
         "row_reduce": ("BLOCK_C", "BLOCK_R", "BLOCK_M"),
@@ -270,11 +275,17 @@ def shared_memory(op: str, config: dict, sm: int, kind: str) -> int:
     operands = (c[lhs] + c[rhs]) * c[step]
     # mma reads its operands into registers and frees their buffer; the others read from the buffer.
     buffers = c["num_stages"] - (family(sm) == "mma")
-    if op == "segment_gemm":
+    if op in ("segment_gemm", "segment_add"):
         elements = max(buffers * operands, c[lhs] * c[rhs])  # or y, on its way out
     elif op == "embedding":
-        # Or the product in fp32, on its way to where the word embeddings are.
-        elements = max((buffers + 1) * operands, c[lhs] * c[rhs] * (2 if kind == "half" else 1))
+        # And, one at a time, an operand on its way, or the product in fp32, to where the word
+        # embeddings are.
+        product = c[lhs] * c[rhs] * (2 if kind == "half" else 1)
+        elements = buffers * operands + max(operands, product)
+    elif op == "row_reduce_u":
+        # And an operand on its way, or w, which stays, and u in fp32 on its way out.
+        w, u = c[lhs] * c[rhs], c[step] * c[rhs] * (2 if kind == "half" else 1)
+        elements = buffers * operands + max(operands, w + u)
     else:
         elements = (buffers + 1) * operands  # a masked or a transposed operand
     return elements * (2 if kind == "half" else 4) + BARRIERS

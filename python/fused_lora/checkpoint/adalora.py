@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_lora.checkpoint.files import Header, adapter_files, read_json, write_files
 from fused_lora.checkpoint.formats import (
     UNSUPPORTED,
     AdapterWeights,
@@ -21,6 +20,7 @@ from fused_lora.checkpoint.formats import (
     check_rank,
 )
 from fused_lora.checkpoint.reading import PREFIX, read_tensors, sorted_keys
+from fused_lora.files import Header, adapter_files, read_json, write_files
 from fused_lora.inject import LoRAConfig, inject, nearest
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter

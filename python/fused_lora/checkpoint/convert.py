@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import ClassVar
 
-from fused_lora.checkpoint.files import PICKLES, Header, unpickle_command
 from fused_lora.checkpoint.formats import LoRAReader
 from fused_lora.checkpoint.reading import read_folder, read_tensors, sorted_keys
 from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
+from fused_lora.files import PICKLES, Header, unpickle_command
 
 
 class LoralibReader(LoRAReader):

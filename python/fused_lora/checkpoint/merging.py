@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.checkpoint.convert import check_target
-from fused_lora.checkpoint.files import CONFIG, Header, inside, python_command, read_json, sync
 from fused_lora.checkpoint.formats import AdapterWeights
 from fused_lora.checkpoint.reading import Adapter, read_folder
+from fused_lora.files import CONFIG, Header, inside, python_command, read_json, sync
 from fused_lora.inject import nearest
 from fused_lora.nn.linear import _merge_into
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora.checkpoint.adalora import PEFT_TYPE, load_adalora, save_adalora
-from fused_lora.checkpoint.files import adapter_files, read_json
 from fused_lora.checkpoint.formats import AdapterWeights
 from fused_lora.checkpoint.reading import Adapter, read_folder
 from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
+from fused_lora.files import adapter_files, read_json
 from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype

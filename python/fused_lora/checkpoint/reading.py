@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_lora.checkpoint.files import Header, adapter_files, read_json
 from fused_lora.checkpoint.formats import AdapterWeights, LoRAReader, reader_of
+from fused_lora.files import Header, adapter_files, read_json, unchanged
 
 PREFIX = "base_model.model."
 BIASES = "none", "all", "lora_only"
@@ -156,8 +156,9 @@ def read_tensors(
 def read_folder(folder: str | Path, *, layers_only: bool = False) -> Adapter:
     """All that an adapter folder holds. Raises what read_adapter does, but with layers_only not
     set takes biases and modules_to_save."""
-    config_path, path = adapter_files(Path(folder))
-    first = config_path.stat()
+    folder = Path(folder)
+    config_path, path = adapter_files(folder)
+    still = unchanged(folder, config_path)
     config = read_json(config_path)
     reader = reader_of(config_path, config)
     for name in ("bias", "modules_to_save"):
@@ -167,17 +168,11 @@ def read_folder(folder: str | Path, *, layers_only: bool = False) -> Adapter:
                 f"parameters stay as they are"
             )
 
-    def unchanged() -> None:
-        """A save takes the config away before it touches the weights."""
-        now = config_path.stat() if config_path.exists() else None
-        if now is None or (now.st_ino, now.st_mtime_ns) != (first.st_ino, first.st_mtime_ns):
-            raise RuntimeError(f"{folder} was saved while it was read; read it again")
-
     header = Header(path)
     keys = sorted_keys(
         path, header, reader, others=lambda layers: Others(config_path, config, layers)
     )
-    return Adapter(*read_tensors(path, header, keys, reader, unchanged), config)
+    return Adapter(*read_tensors(path, header, keys, reader, still), config)
 
 
 def read_adapter(folder: str | Path) -> dict[str, AdapterWeights]:

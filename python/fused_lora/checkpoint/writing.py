@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.checkpoint.files import write_files
 from fused_lora.checkpoint.formats import LARGEST_RANK, READERS, AdapterWeights
 from fused_lora.checkpoint.reading import PREFIX
+from fused_lora.files import write_files
 from fused_lora.nn.linear import lora_scale
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16

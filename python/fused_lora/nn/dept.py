@@ -1,7 +1,6 @@
 """DePT around a whole model: soft prompt and low-rank pair at its input, everything else frozen."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_lora.files import Header, adapter_files, read_json, unchanged, write_files
 from fused_lora.nn.checks import check_choice, check_number, check_rank
 from fused_lora.nn.embedding import DePTEmbedding
 from fused_lora.nn.linear import lora_scale
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DEPT"  # PEFT refuses it, where it would take the folder for something else
 PADDING_SIDES = ("left", "right", None)
 # What a config must hold, and nothing else.
@@ -178,24 +177,20 @@ class DePT(torch.nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write adapter_config.json (peft_type "DEPT") and adapter_model.safetensors (prompt,
-        lora_a, lora_b) into a folder, which is made where there is none."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        lora_a, lora_b) into a folder, which is made where there is none; both as one step."""
         own = self.embedding
         config = {"peft_type": PEFT_TYPE} | {name: getattr(own, name) for name in FIELDS[1:]}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: t.detach().contiguous() for name, t in _trained(own).items()}
-        save_file(tensors, folder / WEIGHTS)
+        write_files(Path(folder), config, tensors)
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         """Take prompt, pair and scale of a folder that save() wrote: this task's, or a source
         task's to start from.
 
-        Raises before anything is changed: FileNotFoundError, ValueError (another peft_type, prompt
-        length, max_length or rank; a field or tensor that is missing or unknown; NaN or infinity).
+        Raises before anything is changed: FileNotFoundError, NotADirectoryError, ValueError
+        (another peft_type, prompt length, max_length or rank; a field or tensor that is missing or
+        unknown; NaN or infinity), RuntimeError where another save came in between.
         """
         config, tensors = read_dept(folder)
         parameters = _trained(self.embedding)
@@ -241,22 +236,13 @@ def _cached(kwargs: dict) -> int:
 
 def read_dept(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """(config, tensors) of a folder that DePT.save wrote; raises as DePT.load does."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}")
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / name} leads out of its folder")
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+    path, weights = adapter_files(folder)
+    still = unchanged(folder, path)
+    config = read_json(path)
+    if config.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path}: peft_type must be {PEFT_TYPE!r}")
     if (wrong := set(config) ^ set(FIELDS)) != set():
         raise ValueError(f"{path}: fields missing or unknown: {', '.join(sorted(wrong))}")
@@ -265,8 +251,10 @@ def read_dept(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     check_number(f"{path}: lora_alpha", config["lora_alpha"])
     check_choice(f"{path}: use_rslora", config["use_rslora"], (True, False))
     wanted = {"lora_a", "lora_b"} | ({"prompt"} if config["prompt_length"] else set())
-    if (wrong := set(tensors) ^ wanted) != set():
+    if (wrong := set(Header(weights)) ^ wanted) != set():
         raise ValueError(f"{folder}: tensors missing or unknown: {', '.join(sorted(wrong))}")
+    tensors = load_file(weights)
+    still()
     for name, t in tensors.items():
         if not t.is_floating_point() or not bool(t.isfinite().all()):
             raise ValueError(f"{folder}: {name} has values that are not finite numbers")

@@ -1,8 +1,8 @@
 """The files of an adapter folder: which are opened, and how two of them change as one.
 
 A save writes both files into PART, renames that to READY in one step, and then moves them into
-place: the old config goes first, the new one comes last. So at every moment there is, for
-read_adapter, the old pair or the new one, whole; and for a reader that knows nothing of READY, the
+place: the old config goes first, the new one comes last. So at every moment there is, by
+adapter_files, the old pair or the new one, whole; and for a reader that knows nothing of READY, the
 old pair, the new one, or a folder without a config, but never one file of each.
 """
 
@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -67,6 +67,18 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
             f"{unpickle_command(pickle, folder / WEIGHTS)}"
         )
     return inside(folder, paths[0]), inside(folder, paths[1])
+
+
+def unchanged(folder: Path, config: Path) -> Callable[[], None]:
+    """A check that no save came since: one takes the config away before it touches the weights."""
+    first = config.stat()
+
+    def check() -> None:
+        now = config.stat() if config.exists() else None
+        if now is None or (now.st_ino, now.st_mtime_ns) != (first.st_ino, first.st_mtime_ns):
+            raise RuntimeError(f"{folder} was saved while it was read; read it again")
+
+    return check
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
