@@ -1,10 +1,10 @@
 """Adapts a small language model to another kind of text, and measures what each way of it costs.
 
 A byte-level GPT learns Python's standard library from scratch. It is then adapted to prose, the
-language reference that pydoc carries, in four ways: full fine-tuning, LoRA as plain PyTorch writes
-it, LoRA with fused_lora, and SoRA with fused_lora. All take the same batches. Two more texts get an
-adapter each, and all three answer in one batch. The texts are on every machine that has Python;
-nothing is downloaded.
+language reference that pydoc carries: by full fine-tuning, by LoRA as plain PyTorch writes it, and
+with fused_lora by LoRA of two ranks, SoRA and AdaLoRA, which find their ranks while they train. All
+take the same batches. Two more texts get an adapter each, and all three answer in one batch. The
+texts are on every machine that has Python; nothing is downloaded.
 
     python examples/demo.py             # a CPU trains 0.9 M parameters, a CUDA GPU 0.9 B
     python examples/demo.py --quick     # tiny sizes, to see that it runs
@@ -46,6 +46,7 @@ from torch import Tensor, nn
 import fused_lora as fl
 
 Adapter = dict[str, tuple[Tensor, Tensor]]  # {layer: (A, B)}
+PENALTY = 0.1  # of AdaLoRA's orthogonality
 
 
 class NaiveLoRALinear(nn.Module):
@@ -80,8 +81,9 @@ class Run:
         *,
         backend: str | None = None,
         reverse_rows: bool = False,
+        penalty: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.name, self.model, self.optimizer = name, model, optimizer
+        self.name, self.model, self.optimizer, self.penalty = name, model, optimizer, penalty
         self.steps, self.dtype = steps, dtype
         self.backend, self.reverse_rows = backend, reverse_rows
         self.device = model.head.weight.device
@@ -115,7 +117,7 @@ class Run:
             for batch in batches:
                 loss = self.loss(batch.flip(0) if self.reverse_rows else batch)
                 self.optimizer.zero_grad()
-                loss.backward()
+                (loss if self.penalty is None else loss + self.penalty()).backward()
                 nn.utils.clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
                 self.schedule.step()
@@ -137,14 +139,19 @@ class Run:
 
     def row(self) -> dict[str, float]:
         """Quality, speed, and the bytes that training holds, counted tensor by tensor."""
-        optimizer = self.optimizer
-        if isinstance(optimizer, fl.optim.SoRA):
+        optimizer, importance = self.optimizer, []
+        if isinstance(optimizer, fl.optim.AdaLoRA):
+            saved = optimizer.allocator.state_dict()
+            importance = [*saved["sensitivity"], *saved["uncertainty"]]
+        if isinstance(optimizer, fl.optim.AdaLoRA | fl.optim.SoRA):
             optimizer = optimizer.optimizer  # the proximal step keeps no state of its own
         state = [t for values in optimizer.state.values() for t in values.values()]
+        state += [t for part in importance for t in part]
         return {
             "before": self.bits[0][1],
             "after": self.bits[-1][1],
             "trainable": sum(p.numel() for p in self.trained),
+            "kept": fl.optim.kept_parameters(self.model),
             "trainable_bytes": sum(p.nbytes for p in self.trained),
             "gradient_bytes": sum(p.grad.nbytes for p in self.trained),
             "optimizer_bytes": sum(t.nbytes for t in state),
@@ -212,6 +219,29 @@ def sora_run(base: GPT, s: Settings) -> Run:
     adamw = torch.optim.AdamW(rest, lr=s.lora_lr, weight_decay=0.0)
     optimizer = fl.optim.SoRA(adamw, gates, lr=s.gate_lr, sparsity=s.sparsity)
     return Run(report.SORA, model, optimizer, s.adapt_steps, model.head.weight.dtype)
+
+
+def small_run(base: GPT, s: Settings) -> Run:
+    """Rank 1 of every 4: what the methods that find their ranks have to beat."""
+    rank = max(1, s.rank // 4)
+    return lora_run(report.small(rank), inject(base, rank), s, s.adapt_steps)
+
+
+def adalora_run(base: GPT, s: Settings) -> Run:
+    """Half of LoRA's rank in the mean, from 3 / 2 of that; the budget moves it between layers."""
+    budget = s.rank // 2
+    model = inject(base, math.ceil(1.5 * budget), adalora=True)
+    allocator = fl.optim.RankAllocator(
+        model,
+        target_r=budget,
+        total_step=s.adapt_steps,
+        t_init=s.adapt_steps // 10,
+        t_final=s.adapt_steps // 3,
+    )
+    run = lora_run(report.ADALORA, model, s, s.adapt_steps)
+    run.optimizer = fl.optim.AdaLoRA(run.optimizer, allocator)
+    run.penalty = lambda: PENALTY * fl.optim.orthogonality_penalty(model)
+    return run
 
 
 def kept_ranks(model: GPT) -> list[list[int]]:
@@ -295,6 +325,18 @@ def answer(
         rows.append([name, run.bits[0][1], run.evaluate(windows[name]), bits[i].item()])
     check = Check("logits, three adapters in a batch to each alone", max(apart), 4 * max(rounding))
     return [check], rows, (1000 * together, 1000 * alone_seconds)
+
+
+@torch.no_grad()
+def check_pruning(run: Run, windows: Tensor) -> Check:
+    """What prune leaves, plain LoRA of fewer ranks, is the gated model but for rounding."""
+    ids = windows[:4, :-1].to(run.device)
+    with fl.use_backend("torch"):
+        exact = copy.deepcopy(run.model).double()(ids)
+    gated, pruned = run.model(ids), copy.deepcopy(run.model)
+    fl.optim.prune(pruned)
+    what = f"logits, {run.name} to what prune leaves of it"
+    return Check(what, distance(pruned(ids), gated), 4 * distance(gated, exact))
 
 
 def adapter_of(model: GPT) -> Adapter:
@@ -404,9 +446,11 @@ def main() -> int:
             full = full_run(report.FULL, wide, s.full_lr, s.adapt_steps, dtype)
             naive = naive_run(report.NAIVE, injected, s)
             reversed_rows = naive_run(report.REVERSED, injected, s, reverse_rows=True)
-            ours, sora = fused_runs(injected, s), sora_run(base, s)
-            runs = [full, naive, reversed_rows, *ours, sora]
+            ours, gated = fused_runs(injected, s), [sora_run(base, s), adalora_run(base, s)]
+            runs = [full, naive, reversed_rows, *ours, small_run(base, s), *gated]
             train(runs, texts["prose"], s, track("adapt to prose"))
+            held_out = texts["prose"].held_out_windows(s)
+            pruned = [check_pruning(run, held_out) for run in gated]
         with timed(seconds, "adapt to two other texts"):
             others = {
                 name: lora_run(name, copy.deepcopy(injected), s, s.adapt_steps // 2)
@@ -419,7 +463,7 @@ def main() -> int:
         with timed(seconds, "merge and swap"):
             checks, tasks, swap_ms = serve(base, ours[0], others["codec tables"], texts, s)
 
-    checks = check_curves(naive, reversed_rows, ours) + served + checks
+    checks = check_curves(naive, reversed_rows, ours) + pruned + served + checks
     parameters = sum(p.numel() for p in base.parameters())
     results = {
         "title": f"{parameters:,} parameters, {machine(device, dtype)}",
@@ -432,7 +476,7 @@ def main() -> int:
         "swap_ms": swap_ms,
         "checks": [asdict(check) | {"holds": check.holds} for check in checks],
         "rank": s.rank,
-        "kept_ranks": kept_ranks(sora.model),
+        "kept_ranks": kept_ranks(gated[0].model),
         "seconds": seconds,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

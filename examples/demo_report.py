@@ -9,15 +9,24 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-FULL, NAIVE, SORA = "full fine-tuning", "LoRA, naive", "SoRA, fused_lora"
+FULL, NAIVE = "full fine-tuning", "LoRA, naive"
+SORA, ADALORA = "SoRA, fused_lora", "AdaLoRA, fused_lora"
 REVERSED = "LoRA, naive, rows reversed"
 INK, GRID = "#22303c", "#e3e8ec"
-COLORS = {FULL: "#6a4c93", NAIVE: "#f4b860", SORA: "#2a9d8f"}
-COLOR_OF_OURS = "#d1495b"
+COLORS = {FULL: "#6a4c93", NAIVE: "#f4b860", SORA: "#2a9d8f", ADALORA: "#2a6f97"}
+COLOR_OF_OURS, COLOR_OF_SMALL = "#d1495b", "#8d99ae"
 
 
 def ours(backend: str) -> str:
     return f"LoRA, fused_lora ({backend})"
+
+
+def small(rank: int) -> str:
+    return f"LoRA of rank {rank}, fused_lora"
+
+
+def color_of(name: str) -> str:
+    return COLORS.get(name, COLOR_OF_SMALL if name.startswith("LoRA of") else COLOR_OF_OURS)
 
 
 def in_bytes(n: float) -> str:
@@ -27,12 +36,13 @@ def in_bytes(n: float) -> str:
 
 
 def method_table(results: dict) -> list[list[str]]:
-    header = ["", "bits/byte", "trainable", "gradients", "optimiser state", "tokens/s"]
-    rows = [["base, not adapted", f"{results['base']['prose']:.4f}", "0", "0 B", "0 B", ""]]
+    header = ["", "bits/byte", "trained", "kept", "gradients", "optimiser state", "tokens/s"]
+    rows = [["base, not adapted", f"{results['base']['prose']:.4f}", "0", "", "0 B", "0 B", ""]]
     for name, m in results["methods"].items():
         memory = in_bytes(m["gradient_bytes"]), in_bytes(m["optimizer_bytes"])
         speed = f"{m['tokens_per_s']:,.0f}"
-        rows.append([name, f"{m['after']:.4f}", f"{m['trainable']:,}", *memory, speed])
+        kept = f"{m['kept']:,}" if m["kept"] else ""  # full training has no adapter to count
+        rows.append([name, f"{m['after']:.4f}", f"{m['trainable']:,}", kept, *memory, speed])
     peaks = [m["peak_bytes"] for m in results["methods"].values()]
     if any(peaks):
         header.append("peak above the model")
@@ -87,7 +97,7 @@ def plot_curves(axes: Axes, curves: dict[str, list]) -> None:
         axes.plot(
             *zip(*points, strict=True),
             label=name,
-            color=COLORS.get(name, COLOR_OF_OURS),
+            color=color_of(name),
             linewidth=7 if naive else 2,
             linestyle="--" if fused else "-",
             zorder=2 if naive else 3,
@@ -111,7 +121,7 @@ def plot_memory(axes: Axes, methods: dict[str, dict]) -> None:
     for i, (name, m) in enumerate(methods.items()):
         places = [group + 0.29 * (i - 1) for group in range(len(parts))]
         sizes = [m[key] for key in parts.values()]
-        color = COLORS.get(name, COLOR_OF_OURS)
+        color = color_of(name)
         bars = axes.bar(places, sizes, width=0.27, color=color, label=name)
         axes.bar_label(bars, [in_bytes(n) for n in sizes], padding=2, fontsize=8, color=INK)
     axes.set_yscale("log")
@@ -120,6 +130,19 @@ def plot_memory(axes: Axes, methods: dict[str, dict]) -> None:
     axes.set_title("What training holds beside the frozen model")
     axes.set(ylabel="bytes, log scale")
     axes.legend(frameon=False, loc="upper left")
+
+
+def plot_kept(axes: Axes, methods: dict[str, dict]) -> None:
+    names = [name for name, m in methods.items() if m["kept"] and name != NAIVE]
+    for name in names:
+        m = methods[name]
+        axes.scatter(m["kept"], m["after"], s=70, color=color_of(name), label=name, zorder=3)
+    axes.set_xscale("log")
+    axes.margins(0.15)
+    axes.set_title("Quality against the parameters kept")
+    axes.set(xlabel="parameters of the adapters, log scale", ylabel="bits per byte")
+    axes.grid(color=GRID, which="both")
+    axes.legend(frameon=False)
 
 
 def plot_ranks(axes: Axes, ranks: list[list[int]], full: int) -> None:
@@ -144,10 +167,11 @@ def write(results: dict, folder: Path, console: Console) -> None:
         console.print(terminal(title, rows))
     (folder / "demo.md").write_text("\n\n".join(text) + "\n")
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    curves, memory, ranks = figure.subplots(1, 3, width_ratios=(1.3, 1.2, 1))
+    figure = Figure(figsize=(13, 9.4), layout="constrained")
+    (curves, kept), (memory, ranks) = figure.subplots(2, 2)
     fused = next(name for name in results["curves"] if name not in COLORS)
     plot_curves(curves, results["curves"])
+    plot_kept(kept, results["methods"])
     plot_memory(memory, {name: results["methods"][name] for name in (FULL, fused, SORA)})
     plot_ranks(ranks, results["kept_ranks"], 2 * results["rank"])
     for axes in figure.axes:

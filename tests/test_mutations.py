@@ -43,6 +43,7 @@ ADALORA = "optim/adalora.py"
 CONFIGS = "triton_kernels/configs.py"
 FILES = "files.py"
 DEPT = "nn/dept.py"
+PRUNE = "optim/prune.py"
 
 # All six tensors, with dropout and without.
 ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
@@ -873,6 +874,24 @@ FAULTS = {
         "gram = z.mT @ z if columns",
         "gram = z @ z.mT if columns",
         "test_adalora.py::test_the_squared_penalty_and_its_gradient_in_fp64",
+    ),
+    "prune: the gate is not folded": Fault(
+        PRUNE,
+        "folded = (wide * gate[kept]).to(b.dtype)",
+        "folded = wide.to(b.dtype)",
+        "test_prune.py::test_what_is_cut_and_folded",
+    ),
+    "prune: the scale of the rank that is left": Fault(
+        PRUNE,
+        "layer.lora_alpha, layer.scale = scale * rank, scale",
+        "layer.lora_alpha, layer.scale = layer.lora_alpha, layer.lora_alpha / rank",
+        "test_prune.py::test_adalora_becomes_lora_of_the_ranks_that_its_budget_left[plain]",
+    ),
+    "prune: positive gates alone are kept": Fault(
+        PRUNE,
+        "kept = gate.nonzero().flatten()",
+        "kept = (gate > 0).nonzero().flatten()",
+        "test_prune.py::test_what_is_cut_and_folded",
     ),
 }
 

@@ -12,7 +12,7 @@ from conftest import DEVICE
 from torch.nn import Linear
 
 import fused_lora as fl
-from fused_lora.nn import LoRALinear, SoRALinear
+from fused_lora.nn import AdaLoRALinear, LoRALinear, SoRALinear
 from fused_lora.optim import SoRA, kept_parameters, named_gates, prune
 from fused_lora.testing import assert_accurate
 
@@ -251,6 +251,44 @@ def test_training_goes_on_between_phases():
     assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.parametrize("scaling", ("plain", "peft"))
+def test_adalora_becomes_lora_of_the_ranks_that_its_budget_left(scaling, tmp_path):
+    """Ranks that differ, and none; loaded into a fresh model it computes the same."""
+
+    def bare():
+        torch.manual_seed(2)
+        return torch.nn.Sequential(Linear(K, N), Linear(N, 9), Linear(9, 7)).to(DEVICE)
+
+    config = fl.LoRAConfig(
+        r=4, lora_alpha=3, target_modules=["0", "1", "2"], adalora=True, adalora_scaling=scaling,
+        init_lora_weights=False,
+    )  # fmt: skip
+    layers = fl.inject(bare(), config)
+    with torch.no_grad():
+        for layer, closed in zip(layers, ([1], [0, 1, 2, 3], []), strict=True):
+            layer.gate[closed] = 0
+    x = torch.randn(5, K, device=DEVICE)
+    want, exact = layers(x), copy.deepcopy(layers).double()(x.double())
+    kept = kept_parameters(layers)
+    with pytest.raises(ValueError, match="keep_gates is for SoRA, and '0' is an AdaLoRALinear"):
+        prune(layers, keep_gates=True)
+    report = prune(layers)
+    assert [(r.before, r.after) for r in report.layers] == [(4, 3), (4, 0), (4, 4)]
+    assert [type(m) for m in layers] == [LoRALinear, Linear, LoRALinear]
+    assert kept == report.parameters("after") + 3 + 4  # a lambda for each rank
+    assert not any(hasattr(m, "scaling") for m in layers)
+    assert (layers(x) - exact).norm() <= 2 * (want - exact).norm() + 1e-6 * exact.norm()
+    fl.save_adapter(layers, tmp_path)
+    assert torch.equal(fl.load_adapter(bare(), tmp_path)(x), layers(x))
+
+
+def test_nothing_is_left_of_adalora_at_rank_zero():
+    layer = AdaLoRALinear(K, N, r=2, device=DEVICE)  # lambdas start at zero
+    plain = vars(Linear(K, N))
+    prune(layer)
+    assert type(layer) is Linear and set(vars(layer)) == set(plain)
+
+
 class Subclass(SoRALinear):
     pass
 
@@ -270,7 +308,7 @@ REFUSED = {
     "model must be a torch.nn.Module, got list": (TypeError, lambda: [gated()]),
     "model has no SoRALinear": (ValueError, lambda: LoRALinear(4, 4)),
     "'down' is merged; call unmerge": (RuntimeError, lambda: _with(lambda m: m["down"].merge())),
-    r"'down' is a test_prune\.Subclass; only a plain SoRALinear": (
+    r"'down' is a test_prune\.Subclass; only a plain SoRALinear or AdaLoRALinear": (
         TypeError,
         lambda: _with(lambda m: m.update({"down": Subclass(K, N)})),
     ),

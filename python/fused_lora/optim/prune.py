@@ -1,4 +1,4 @@
-"""Cutting away the ranks whose gate is zero (arXiv 2311.11696, section 3.3)."""
+"""Cutting away the ranks whose gate is zero (SoRA, arXiv 2311.11696, section 3.3; AdaLoRA)."""
 
 import copy
 import re
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_lora.inject import LoRAConfig
+from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED
 from fused_lora.nn.checks import check_choice, kind_of
 from fused_lora.nn.linear import LoRALinear, SoRALinear
@@ -62,7 +63,7 @@ class _Cut(NamedTuple):
     gate: Tensor | None
 
 
-def _check(model) -> dict[str, SoRALinear]:
+def _check(model, keep_gates: bool) -> dict[str, SoRALinear]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     gated = named_gates(model)
@@ -70,10 +71,15 @@ def _check(model) -> dict[str, SoRALinear]:
     if not layers:
         raise ValueError("model has no SoRALinear; LoRAConfig(gate=True) makes them")
     for name, layer in layers.items():
-        if type(layer) is not SoRALinear:
+        if type(layer) not in (SoRALinear, AdaLoRALinear):
             raise TypeError(
-                f"{name!r} is a {kind_of(layer)}; only a plain SoRALinear can "
+                f"{name!r} is a {kind_of(layer)}; only a plain SoRALinear or AdaLoRALinear can "
                 f"be cut, because what a subclass computes is not known"
+            )
+        if keep_gates and type(layer) is AdaLoRALinear:
+            raise ValueError(
+                f"keep_gates is for SoRA, and {name!r} is an AdaLoRALinear, whose RankAllocator "
+                f"counts the ranks it began with; prune when training is done"
             )
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before pruning")
@@ -115,7 +121,8 @@ def _apply(cut: _Cut) -> None:
     values = {"lora_a": cut.lora_a, "lora_b": cut.lora_b}
     if cut.gate is None:
         layer.register_parameter("gate", None)
-        del layer.gate_init
+        for name in ("gate_init", "scaling"):  # of SoRALinear, of AdaLoRALinear
+            vars(layer).pop(name, None)
         layer.__class__ = LoRALinear  # type: ignore[assignment]
     else:
         values["gate"] = cut.gate
@@ -131,7 +138,7 @@ def _remove_adapter(layer: SoRALinear) -> None:
     for name in ("lora_a", "lora_b", "gate"):
         del layer._parameters[name]
     plain = vars(torch.nn.Linear(1, 1, device="meta"))
-    for name in set(vars(SoRALinear(1, 1, device="meta", r=1))) - set(plain):
+    for name in set(vars(type(layer)(1, 1, device="meta", r=1))) - set(plain):
         delattr(layer, name)
     layer.__class__ = torch.nn.Linear  # type: ignore[assignment]
 
@@ -146,6 +153,8 @@ def _config_of_what_is_left(config: LoRAConfig, model, keep_gates: bool) -> LoRA
         copy.deepcopy(config),
         target_modules="|".join(map(re.escape, layers)),
         gate=keep_gates,
+        adalora=False,
+        adalora_scaling="plain",
         use_rslora=False,
         rank_pattern={key: m.r for key, m in patterns.items()},
         alpha_pattern={key: m.scale * m.r for key, m in patterns.items()},
@@ -160,27 +169,29 @@ def prune(model: torch.nn.Module, *, keep_gates: bool = False) -> PruneReport:
 
     (SoRA, arXiv 2311.11696). Each SoRALinear of model becomes a LoRALinear of the rank that is
     left, with lora_alpha = s r' (and no use_rslora), so that lora_alpha / r' = s; one of rank 0
-    becomes the frozen nn.Linear alone. The product with g is made in fp32 (fp64 for fp64) and
-    rounded once to B's dtype, so the model computes what it did, within that rounding.
+    becomes the frozen nn.Linear alone. So does each AdaLoRALinear, whose gate is its lambdas. The
+    product with g is made in fp32 (fp64 for fp64) and rounded once to B's dtype, so the model
+    computes what it did, within that rounding.
 
     The modules stay the same objects: shared ones, hooks, training mode, devices, dtypes, fp32
     masters and requires_grad stay as they are; their A and B are new Parameters without a gradient.
     So make optimisers anew, and what else holds parameters (DDP).
 
-    keep_gates: for pruning between phases of training: the layers stay SoRALinear, of the rank that
-        is left, with their gates, and training goes on. A layer without any gate left loses its
-        adapter here too.
+    keep_gates: for pruning between phases of SoRA's training: the layers stay SoRALinear, of the
+        rank that is left, with their gates, and training goes on. A layer without any gate left
+        loses its adapter here too.
 
     model.fused_lora_config, where inject left one, is made to describe what is left.
 
     Returns a PruneReport, which lists each layer's rank before and after. Nothing is changed where
-    one of these is raised: TypeError for a model that is no module, a subclass of SoRALinear, or a
-    LoRAAdapter with a gate; ValueError where there is no SoRALinear, for a gate that is not finite,
-    for meta tensors, or where B diag(g) overflows B's dtype; RuntimeError where a layer is merged;
-    NotImplementedError for tensor subclasses. It waits for the device.
+    one of these is raised: TypeError for a model that is no module, another subclass of SoRALinear,
+    or a LoRAAdapter with a gate; ValueError where there is no SoRALinear, for a gate that is not
+    finite, for meta tensors, for an AdaLoRALinear with keep_gates, or where B diag(g) overflows B's
+    dtype; RuntimeError where a layer is merged; NotImplementedError for tensor subclasses. It waits
+    for the device.
     """
     check_choice("keep_gates", keep_gates, (True, False))
-    layers = _check(model)
+    layers = _check(model, keep_gates)
     cuts = {name: _cut(name, layer, keep_gates) for name, layer in layers.items()}
     ranks = [
         LayerRank(name, cut.layer.r, len(cut.lora_a), cut.layer.in_features, cut.layer.out_features)
