@@ -40,6 +40,9 @@ REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
 EMBEDDING = "triton_kernels/embedding.py"
 ADALORA = "optim/adalora.py"
+CONFIGS = "triton_kernels/configs.py"
+FILES = "files.py"
+DEPT = "nn/dept.py"
 PRUNE = "optim/prune.py"
 
 # All six tensors, with dropout and without.
@@ -434,6 +437,42 @@ FAULTS = {
         "forward_kernels, backend)",
         "forward = forward_torch",
         EDGE.format("test_the_kernels_of_the_backend_that_was_asked_for[triton]"),
+    ),
+    # Tables.
+    "table: a tile of u for any size of dy": Fault(
+        CONFIGS,
+        '("MC", M * C)',
+        '("MC", M)',
+        "test_row_reduce.py::test_dy_is_read_once_where_that_is_fewer_bytes",
+    ),
+    "table: two rounds of blocks, and twice the planes of P": Fault(
+        CONFIGS,
+        'row.pop("blocks", BLOCKS_WANTED)',
+        'max(BLOCKS_WANTED, row.pop("blocks", 0))',
+        "test_row_reduce.py::test_dy_is_read_once_where_that_is_fewer_bytes",
+    ),
+    # Folders.
+    "files: a save in between is not noticed": Fault(
+        FILES,
+        "if now is None or (now.st_ino, now.st_mtime_ns) != (first.st_ino, first.st_mtime_ns):",
+        "if now is None:",
+        "test_nn_embedding.py::test_a_save_is_one_step",
+    ),
+    "dept: tensors of another save than the config": Fault(
+        DEPT,
+        "    still()\n",
+        "",
+        "test_nn_embedding.py::test_a_save_is_one_step",
+    ),
+    "dept: config and tensors written one after the other": Fault(
+        DEPT,
+        "write_files(Path(folder), config, tensors)",
+        "from fused_lora.files import CONFIG, WEIGHTS, json\n"
+        "        from safetensors.torch import save_file\n"
+        "        Path(folder).mkdir(parents=True, exist_ok=True)\n"
+        "        (Path(folder) / CONFIG).write_text(json.dumps(config))\n"
+        "        save_file(tensors, Path(folder) / WEIGHTS)",
+        "test_nn_embedding.py::test_a_save_is_one_step",
     ),
     # The torch backend.
     "torch: scale x 1.01": Fault(

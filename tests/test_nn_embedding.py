@@ -440,10 +440,18 @@ def test_a_spoilt_folder_changes_nothing(tmp_path, what, error, message):
 
 
 def test_a_save_is_one_step(tmp_path, monkeypatch):
-    """One that is cut short is read whole, and one that comes while the folder is read is noticed:
-    never the config of one with the tensors of another."""
+    """One that fails leaves what was there, one that is cut short is read whole, and one that comes
+    while the folder is read is noticed: never the config of one with the tensors of another."""
     first, second = (DePT(tiny("llama"), m, S, R, lora_alpha=alpha) for alpha in (1, 2))
     first.save(tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("safetensors.torch.save_file", full)
+        second.save(tmp_path)
+    assert DePT.from_folder(tiny("llama"), tmp_path).embedding.lora_alpha == 1
     with monkeypatch.context() as patch:
         patch.setattr("fused_lora.files.finish", lambda folder: None)
         second.save(tmp_path)

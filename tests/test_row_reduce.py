@@ -2,13 +2,13 @@
 
 import itertools
 
-import fused_lora.triton_kernels.row_reduce as triton_row_reduce
 import pytest
 import torch
 import triton
 from cases import DROPOUTS, dtypes, fuzz, kernels, layouts, ranks, seeds, sizes
 from conftest import DEVICE
 from fused_lora.triton_kernels import configs
+from fused_lora.triton_kernels.row_reduce import row_reduce
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,21 +101,19 @@ HALF, TF32 = torch.float16, torch.float32
 @pytest.mark.skipif(DEVICE != "cpu", reason="the table of another GPU, under the interpreter")
 @pytest.mark.parametrize(
     ("dtype", "R", "columns"),
-    [(HALF, 33, 256), (HALF, 48, 512), (HALF, 64, 256), (HALF, 64, 512), (TF32, 64, 128)],
+    [(HALF, 33, 256), (HALF, 48, 512), (HALF, 64, 512), (HALF, 100, 256), (TF32, 64, 128)],
     ids=str,
 )
 def test_u_of_wide_ranks(dtype, R, columns):
     """The rows of compute capability 9.0, each on several blocks of rows and of columns."""
     kind = "half" if dtype == HALF else "tf32"
-    (row,) = (
-        row
-        for row in configs.rows("row_reduce_u", 90, kind)
-        if row["max_R"] >= R and row["BLOCK_C"] == columns
-    )
+    rows = configs.rows("row_reduce_u", 90, kind)
+    row = next(row for row in rows if row["max_R"] >= R and row["BLOCK_C"] == columns)
     launched = {"BLOCK_M", "BLOCK_C", "num_warps", "num_stages"}
-    config = {key: row[key] for key in launched} | {"BLOCK_R": 64, "ROWS": 128}
+    config = {key: row[key] for key in launched}
+    config |= {"BLOCK_R": configs.block_of(R, 128), "ROWS": 128}
     dy, h, b = (guarded(s, dtype=dtype, device=DEVICE) for s in ((300, 600), (300, R), (600, R)))
-    p, u = triton_row_reduce.row_reduce(dy, h, w=b, config=config)
+    p, u = row_reduce(dy, h, w=b, config=config)
     assert p.shape == (3, R, 600) and u.shape == (-(-600 // columns), 300, R)
 
     def plain(dy, h, b):
@@ -125,22 +123,32 @@ def test_u_of_wide_ranks(dtype, R, columns):
     assert_accurate(("P", "u"), found, plain, (dy, h, b))
 
 
-def test_a_row_with_u_is_of_the_fewest_bytes():
-    """docs/kernels.md: 8 MR of u's planes a block of columns, 8 RC of P's a block of rows; of the
-    tiles that make blocks for most multiprocessors."""
-    R = 64
-    for M, C in itertools.product((2048, 8192), (1024, 4096, 14336)):
-        found = {}
-        for columns in (256, 512):
-            across = triton.cdiv(C, columns)
-            rows = 64 * triton.cdiv(M, 64 * (128 // across))
-            down = triton.cdiv(M, rows)
-            found[columns] = down * across < 96, 8 * R * (M * across + C * down)
+def test_dy_is_read_once_where_that_is_fewer_bytes():
+    """docs/kernels.md: the planes of u and P against a second dy, P's planes and shrink's own."""
+    found = {}
+
+    def once(M, C, R, columns):
+        across = triton.cdiv(C, columns)
+        down = triton.cdiv(M, 64 * triton.cdiv(M, 64 * (128 // across)))
+        return 2 * M * C + 8 * R * (M * across + C * down), down * across
+
+    def twice(M, C, R):
+        down = triton.cdiv(M, configs.row_reduce(M, C, R, torch.bfloat16, 90)["ROWS"])
+        split = configs.shrink(M, C, R, torch.bfloat16, 90)["SPLIT_K"]
+        return 4 * M * C + 8 * R * (C * down + M * split * (split > 1))
+
+    for R, M, C in itertools.product((16, 32, 64, 128), (2048, 8192), (1024, 4096, 14336)):
         row = configs.row_reduce(M, C, R, torch.bfloat16, 90, with_u=True)
-        assert row["BLOCK_C"] == min(found, key=found.get), (M, C)
-        blocks = triton.cdiv(M, row["ROWS"]) * triton.cdiv(C, row["BLOCK_C"])
-        assert 96 <= blocks <= 128, (M, C)
-    assert configs.row_reduce(8192, 4096, 65, torch.bfloat16, 90, with_u=True) == {}
+        if R == 128:
+            assert bool(row) == (once(M, C, R, 256)[0] < twice(M, C, R)), (R, M, C)
+        if row:
+            bytes_moved, blocks = once(M, C, R, row["BLOCK_C"])
+            assert blocks == triton.cdiv(M, row["ROWS"]) * triton.cdiv(C, row["BLOCK_C"])
+            assert 96 <= blocks <= 128 and bytes_moved < twice(M, C, R), (R, M, C)
+            other, others = once(M, C, R, 768 - row["BLOCK_C"])
+            assert R != 64 or bytes_moved < other or others < 96, (R, M, C)
+        found[R, M, C] = row.get("BLOCK_C")
+    assert [found[64, M, 4096] for M in (2048, 8192)] == [256, 512]
 
 
 @kernels

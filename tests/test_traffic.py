@@ -112,9 +112,9 @@ def test_row_reduce(with_u, rank):
         stored_once(traffic, kernel, u)
 
 
-@pytest.mark.parametrize(("rank", "reads"), [(16, 1), (33, 1), (64, 1), (65, 2)])
-def test_dy_is_read_once_up_to_rank_64(monkeypatch, rank, reads):
-    """By the table of compute capability 9.0: above, u's planes are more than a second read."""
+@pytest.mark.parametrize(("rank", "reads"), [(16, 1), (64, 1), (128, 1), (129, 4)])
+def test_dy_is_read_once_up_to_rank_128(monkeypatch, rank, reads):
+    """By the table of compute capability 9.0, for a small dy; above, twice for each 128 ranks."""
     monkeypatch.setattr(configs, "capability", lambda device: 90)
     dy, h, b = draw(M, N), draw(M, rank), draw(N, rank)
     with counted() as traffic:
