@@ -10,10 +10,12 @@ backward.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fused_lora.bench.claims import answers, heading, milliseconds, ratio, save, timed
+from fused_lora.bench import claims
+from fused_lora.bench.claims import answers, heading, milliseconds, ratio, timed
 from fused_lora.bench.report import machine
 from fused_lora.bench.run import Parser, progress
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 import fused_lora as fl
 
 NAME = "dept"
+TITLE = "DePT beside a soft prompt"
 BASELINE, AGAIN = "soft prompt", "soft prompt again"
 CLAIMED = 0.8  # of the baseline's time and memory: "over 20 % less"
 
@@ -214,12 +217,17 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, *answers(verdicts(result))]) + "\n"
 
 
+def save(result: dict, folder: Path) -> Path:
+    """Write dept.json and .md; returns their path without suffix."""
+    return claims.save(result, markdown(result), folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m fused_lora.bench.dept", __doc__)
     parser.add_argument("--stage", choices=sorted(STAGES), default="base")
     chosen = parser.chosen(arguments)
     result = measure(STAGES[chosen.stage], chosen.device, progress)
-    path = save(result, markdown(result), chosen.out)
+    path = save(result, chosen.out)
     print(markdown(result))
     print(f"{path}: .json, .md")
     return 0

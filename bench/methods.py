@@ -10,7 +10,9 @@ and with the same batches, by
               phase by phase, from the checkpoint reached
     AdaLoRA   with several budgets, each from 1.5 times its rank
 
-Every run has the same number of steps; a point that is read after a phase has had fewer.
+Every run has the same number of steps; a point that is read after a phase has had fewer. The
+learning rates are those of bench/text.py: those of AdaLoRA, higher than LoRA's and highest for its
+lambdas, were the best of five pairs on the first seed.
 Quality is bits per byte of held-out prose; parameters are counted as sum r (K + N) for LoRA and sum
 nnz(g) (K + N + 1) for gated layers. The time of a step, optimiser included, is that of the same
 model at one rank, in turns, for LoRA, SoRA and AdaLoRA here and LoRA and AdaLoRA in PEFT.
@@ -19,6 +21,7 @@ model at one rank, in turns, for LoRA, SoRA and AdaLoRA here and LoRA and AdaLoR
 import copy
 import functools
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -39,9 +42,11 @@ from torch import Tensor, nn
 import fused_lora as fl
 
 NAME = "methods"
+TITLE = "SoRA and AdaLoRA beside LoRA, on a real text"
 LORA, SORA, RAISED, ADALORA = "LoRA", "SoRA", "SoRA, λ raised", "AdaLoRA"
 PEFT_LORA, PEFT_ADALORA = "PEFT LoRA", "PEFT AdaLoRA"
 PENALTY = 0.1  # of AdaLoRA's orthogonality, squared, as in the paper
+LAMBDA_LR = 5  # of AdaLoRA's lambdas, in the learning rate of P and Q
 
 
 class Plan(NamedTuple):
@@ -183,9 +188,15 @@ def run_adalora(base: GPT, plan: Plan, s: Settings, task: Task) -> Iterator[dict
             t_init=plan.steps // 10,
             t_final=plan.steps // 3,
         )
-        optimizer = fl.optim.AdaLoRA(adamw(model, s.lora_lr), allocator)
+        inner = adamw(model, s.adalora_lr, gates=False)
+        lambdas = list(fl.optim.named_gates(model).values())
+        inner.add_param_group({"params": lambdas, "lr": LAMBDA_LR * s.adalora_lr})
+        optimizer = fl.optim.AdaLoRA(inner, allocator)
         train(model, optimizer, task.batches, functools.partial(orthogonality, model))
         yield task.point(ADALORA, f"budget {budget}", model, plan.steps)
+
+
+RUNS = {LORA: run_lora, SORA: run_sora, RAISED: run_raised, ADALORA: run_adalora}
 
 
 def orthogonality(model: nn.Module) -> Tensor:
@@ -285,22 +296,46 @@ def time_steps(plan: Plan, device: torch.device) -> dict[str, list[float]]:
     return claims.timed(steps, task.batches, device)
 
 
-def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
-    s = PRESETS[plan.preset]
+class Notes:
+    """The points of every run that is done, in a file: a measurement that was cut off goes on."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, json.loads(json.dumps(plan._asdict()))
+        self.runs: dict[str, list[dict]] = {}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["plan"] != self.plan:
+                raise ValueError(f"{path} is of another plan; remove it, or choose another --out")
+            self.runs = found["runs"]
+
+    def points(self, name: str, run: Iterator[dict]) -> list[dict]:
+        """Those of the file, or of run, which then is made."""
+        if name not in self.runs:
+            self.runs[name] = list(run)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"plan": self.plan, "runs": self.runs}) + "\n")
+        return self.runs[name]
+
+
+def pretrained(s: Settings, device: torch.device) -> GPT:
     torch.manual_seed(s.seed)
     base = GPT(s).to(device)
     code = stdlib_sources(s, codecs=False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=s.pretrain_lr, betas=(0.9, 0.95))
     train(base, optimizer, [b.to(device) for b in code.batches(s, s.pretrain_steps)])
-    points = []
-    methods = run_lora, run_sora, run_raised, run_adalora
-    runs = [(seed, run) for seed in range(plan.seeds) for run in methods]
-    for seed, run in track(runs):
+    return base
+
+
+def measure(plan: Plan, device: torch.device, notes: Path, track: Callable = iter) -> dict:
+    s = PRESETS[plan.preset]
+    base, known, points = pretrained(s, device), Notes(notes, plan), []
+    for seed, (method, run) in track(list(itertools.product(range(plan.seeds), RUNS.items()))):
         torch.manual_seed(seed)
         task = Task(s, seed, plan.steps, device)
-        points += [{"seed": seed, **found} for found in run(base, plan, s, task)]
+        found = known.points(f"{method}, seed {seed}", run(base, plan, s, task))
+        points += [{"seed": seed, **point} for point in found]
     task = Task(s, 0, 1, device)
-    return {
+    result = {
         "op": NAME,
         "machine": machine(device),
         "model": f"{sum(p.numel() for p in base.parameters()):,} parameters, {plan.steps} steps",
@@ -309,6 +344,8 @@ def measure(plan: Plan, device: torch.device, track: Callable = iter) -> dict:
         "points": points,
         "seconds": time_steps(plan, device),
     }
+    notes.unlink()
+    return result
 
 
 # What the numbers say.
@@ -451,7 +488,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=sorted(STAGES), help="default: by the device")
     chosen = parser.chosen(arguments)
     stage = chosen.stage or ("gpu" if chosen.device.type == "cuda" else "cpu")
-    results = measure(STAGES[stage], chosen.device, progress)
+    notes = chosen.out / f"{NAME}.unfinished.json"
+    results = measure(STAGES[stage], chosen.device, notes, progress)
     path = save(results, chosen.out)
     print(path.with_suffix(".md").read_text())
     print(f"{path}: .json, .md, .png")

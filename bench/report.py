@@ -9,6 +9,7 @@ Nothing is measured here: every table and figure can be made again from the JSON
 
 import argparse
 import csv
+import importlib
 import io
 import json
 import os
@@ -23,11 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from fused_lora.bench.claims import answers
 from fused_lora.bench.measure import Interleaved, Spread
 from fused_lora.bench.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+CLAIMS = "methods", "dept"  # modules that measure what papers claim, with results of their own form
 SETTINGS = "FUSED_LORA_BENCH", "OMP_NUM_THREADS"
 MODE_WORDS = {
     "cold": "CUDA graph, inputs not in the L2 cache",
@@ -337,6 +340,11 @@ def report_of(results: dict) -> Report:
     return StepReport(results)
 
 
+def claims_of(op: str):
+    """The module of a name in CLAIMS: its TITLE, verdicts(results) and save(results, folder)."""
+    return importlib.import_module(f"fused_lora.bench.{op}")
+
+
 def slug(device: str) -> str:
     """The folder of a machine's results."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -380,12 +388,15 @@ def merge(folders: list[Path], into: Path = RESULTS) -> list[Path]:
     parts: dict[tuple[str, str], list[dict]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*.json")):
         results = json.loads(path.read_text())
-        if results.get("op") in NAMES:
+        if results.get("op") in (*NAMES, *CLAIMS):
             key = slug(results["machine"]["device"]), results["op"]
             parts.setdefault(key, []).append(results)
     if not parts:
         raise ValueError(f"no results of a run in {', '.join(map(str, folders))}")
     for (machine, op), found in parts.items():
+        if op in CLAIMS:  # a run answers for itself: the last one stands
+            claims_of(op).save(found[-1], into / machine)
+            continue
         before = into / machine / f"{op}.json"
         if before.exists():
             found.insert(0, json.loads(before.read_text()))
@@ -397,6 +408,12 @@ def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
     """(path without suffix, report) of the results of every machine."""
     paths = [path for op in NAMES for path in sorted(results.glob(f"*/{op}.json"))]
     return [(path.with_suffix(""), report_of(json.loads(path.read_text()))) for path in paths]
+
+
+def committed_claims(results: Path = RESULTS) -> list[tuple[Path, dict]]:
+    """(path without suffix, results) of what CLAIMS measured, on every machine."""
+    paths = [path for op in CLAIMS for path in sorted(results.glob(f"*/{op}.json"))]
+    return [(path.with_suffix(""), json.loads(path.read_text())) for path in paths]
 
 
 def headline(report: Report) -> str:
@@ -441,6 +458,15 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
             f"![{title}]({link}.png)",
             "",
         ]
+    for path, found in committed_claims(results):
+        facts, link = found["machine"], f"bench/results/{path.parent.name}/{path.name}"
+        title = f"{claims_of(path.name).TITLE}, on {facts['device']}"
+        measured += [f"### {title}", ""]
+        measured += [f"{facts['date']}, torch {facts['torch']}, commit {facts['commit']}: "]
+        measured[-1] += f"`{facts['command']}`. [Table](../{link}.md)."
+        measured += [*answers(claims_of(path.name).verdicts(found)), ""]
+        if path.with_suffix(".png").exists():
+            measured += [f"![{title}](../{link}.png)", ""]
     return {"docs/measured.md": "\n".join(measured), "README.md": "\n".join(readme)}
 
 
@@ -460,6 +486,8 @@ def rendered(text: str, section: str) -> str:
 def render(root: Path = ROOT) -> None:
     for path, report in committed(root / "bench/results"):
         report.save(path.parent)
+    for path, found in committed_claims(root / "bench/results"):
+        claims_of(path.name).save(found, path.parent)
     for name, section in sections(root / "bench/results").items():
         path = root / name
         path.write_text(rendered(path.read_text(), section))

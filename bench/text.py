@@ -29,6 +29,7 @@ class Settings:
     pretrain_lr: float
     full_lr: float
     lora_lr: float
+    adalora_lr: float  # singular values are small beside what B grows to, and want larger steps
     gate_lr: float
     sparsity: float
     rank: int
@@ -40,17 +41,17 @@ PRESETS = {
     "quick": Settings(
         width=64, layers=2, heads=2, hidden=160, context=64, batch=8, pretrain_steps=120,
         adapt_steps=40, segment=10, held_out_windows=32, pretrain_lr=3e-3, full_lr=1e-3,
-        lora_lr=5e-3, gate_lr=1.0, sparsity=3e-3, rank=4, code_bytes=500_000,
+        lora_lr=5e-3, adalora_lr=2e-2, gate_lr=1.0, sparsity=3e-3, rank=4, code_bytes=500_000,
     ),
     "cpu": Settings(
         width=128, layers=4, heads=4, hidden=352, context=128, batch=8, pretrain_steps=750,
         adapt_steps=200, segment=20, held_out_windows=64, pretrain_lr=3e-3, full_lr=1e-3,
-        lora_lr=4e-3, gate_lr=1.0, sparsity=3e-3, rank=8,
+        lora_lr=4e-3, adalora_lr=2e-2, gate_lr=1.0, sparsity=3e-3, rank=8,
     ),
     "cuda": Settings(
         width=2048, layers=18, heads=16, hidden=5632, context=1024, batch=16, pretrain_steps=200,
         adapt_steps=60, segment=10, held_out_windows=32, pretrain_lr=3e-4, full_lr=1e-4,
-        lora_lr=5e-4, gate_lr=1.0, sparsity=3e-3, rank=16,
+        lora_lr=5e-4, adalora_lr=2.5e-3, gate_lr=1.0, sparsity=3e-3, rank=16,
     ),
 }  # fmt: skip
 

@@ -47,6 +47,7 @@ import fused_lora as fl
 
 Adapter = dict[str, tuple[Tensor, Tensor]]  # {layer: (A, B)}
 PENALTY = 0.1  # of AdaLoRA's orthogonality
+LAMBDA_LR = 5  # of AdaLoRA's lambdas, in the learning rate of P and Q
 
 
 class NaiveLoRALinear(nn.Module):
@@ -238,10 +239,17 @@ def adalora_run(base: GPT, s: Settings) -> Run:
         t_init=s.adapt_steps // 10,
         t_final=s.adapt_steps // 3,
     )
-    run = lora_run(report.ADALORA, model, s, s.adapt_steps)
-    run.optimizer = fl.optim.AdaLoRA(run.optimizer, allocator)
-    run.penalty = lambda: PENALTY * fl.optim.orthogonality_penalty(model)
-    return run
+    gates = list(fl.optim.named_gates(model).values())
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
+    groups = [{"params": rest}, {"params": gates, "lr": LAMBDA_LR * s.adalora_lr}]
+    inner = torch.optim.AdamW(groups, lr=s.adalora_lr, weight_decay=0.0)
+    optimizer = fl.optim.AdaLoRA(inner, allocator)
+
+    def penalty() -> Tensor:
+        return PENALTY * fl.optim.orthogonality_penalty(model)
+
+    dtype = model.head.weight.dtype
+    return Run(report.ADALORA, model, optimizer, s.adapt_steps, dtype, penalty=penalty)
 
 
 def kept_ranks(model: GPT) -> list[list[int]]:

@@ -32,7 +32,9 @@ from fused_lora.bench.report import (
     ROOT,
     Report,
     case_result,
+    claims_of,
     committed,
+    committed_claims,
     machine,
     merge,
     merged,
@@ -422,6 +424,10 @@ def test_what_is_committed_is_what_the_results_say():
         assert path.with_suffix(".csv").read_text() == report.csv()
         assert path.parent.name == slug(report.results["machine"]["device"])
         assert path.with_suffix(".png").exists()
+    for path, results in committed_claims():
+        module = claims_of(path.name)
+        assert path.with_suffix(".md").read_text() == module.markdown(results)
+        assert path.parent.name == slug(results["machine"]["device"])
     for name, section in sections().items():
         text = (ROOT / name).read_text()
         assert text == rendered(text, section)

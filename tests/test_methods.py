@@ -58,6 +58,38 @@ def known(sora_bits=1.0, sora_ms=1.0, peft_ms=2.0):
     return {"points": points, "seconds": seconds}
 
 
+def test_a_measurement_that_was_cut_off_goes_on(tmp_path):
+    path, plan, made = tmp_path / "out" / "notes.json", methods.STAGES["cpu-quick"], []
+
+    def run(bits):
+        made.append(bits)
+        yield {"bits": bits}
+
+    for _ in range(2):
+        notes = methods.Notes(path, plan)
+        assert notes.points("LoRA, seed 0", run(2.5)) == [{"bits": 2.5}]
+    assert notes.points("LoRA, seed 1", run(3.5)) == [{"bits": 3.5}]
+    assert made == [2.5, 3.5]
+    with pytest.raises(ValueError, match="of another plan; remove it, or choose another --out"):
+        methods.Notes(path, plan._replace(seeds=2))
+
+
+def test_what_was_measured_is_merged_and_rendered(tmp_path):
+    from fused_lora.bench import report
+
+    plan = methods.STAGES["cpu-quick"]._asdict()
+    whole = known() | {"op": "methods", "machine": report.machine(CPU), "model": "m", "plan": plan}
+    for folder, before in (("old", 3.0), ("run", 2.0)):
+        methods.save(whole | {"before": before}, tmp_path / folder)
+    folders = [tmp_path / "old", tmp_path / "run"]
+    (folder,) = report.merge(folders, tmp_path / "bench/results")
+    assert json.loads((folder / "methods.json").read_text())["before"] == 2.0
+    assert (folder / "methods.png").stat().st_size > 10_000
+    text = report.sections(tmp_path / "bench/results")["docs/measured.md"]
+    assert f"bench/results/{folder.name}/methods.md" in text and methods.TITLE in text
+    assert text.count("| yes |") == 4
+
+
 def test_parameters_between_two_ranks():
     lora = methods.curve(known(), "LoRA")
     assert lora.kept == [100, 200, 400] and lora.bits == pytest.approx([1.2, 1.1, 1.0])
