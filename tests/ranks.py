@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 
 _server = multiprocessing.get_context("forkserver")
 PRELOAD = [
+    "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
