@@ -127,16 +127,17 @@ class LoRAParallel(ParallelStyle):
                     t, device_mesh, [placement], src_data_rank=self.src_data_rank
                 )
                 module.register_parameter(own, Parameter(parts, requires_grad=t.requires_grad))
-        module.__class__ = _sharded_class(type(module))
-        module.parallel_style = self
+        module.__class__ = _sharded_class(type(module))  # type: ignore[arg-type]
+        module.parallel_style = self  # type: ignore[assignment]
         return module
 
     def forward(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """y of a layer that this style has sharded."""
-        mesh = layer.weight.device_mesh  # type: ignore[union-attr]
+        mesh = layer.weight.device_mesh  # type: ignore[attr-defined]
         if not isinstance(x, DTensor):
             x = DTensor.from_local(_Waited.apply(x), mesh, [self.input_layouts], run_check=False)
-        x = x.redistribute(placements=[self.x]).to_local(grad_placements=self.dx and [self.dx])
+        dx = None if self.dx is None else [self.dx]
+        x = x.redistribute(placements=[self.x]).to_local(grad_placements=dx)
         dropping = layer.training and layer.lora_dropout > 0
         seed = _shared_seed(x.device, mesh) if dropping else None
         y = _Waited.apply(self._product(layer, x, mesh, seed))
