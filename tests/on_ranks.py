@@ -225,6 +225,7 @@ def refusals() -> dict[str, str]:
     part = torch.zeros(R, DIM), torch.zeros(WIDE, R)
     one_more = init_device_mesh("cpu", (1, ranks))
     dropping = fl.nn.LoRALinear(12 * ranks, DIM, lora_dropout=0.1)
+    fsdp = torch.nn.ModuleDict({"mlp": fully_sharded(adapted("mlp", gate=True))})
     ada = torch.nn.ModuleDict({"mlp": adapted("mlp", adalora=True)})
     parallelize_module(ada, mesh, {f"mlp.{k}": v for k, v in plan("mlp").items()})
     return {
@@ -240,6 +241,9 @@ def refusals() -> dict[str, str]:
         "swap": error(lambda: layer.swap(*part)),
         "save": error(lambda: fl.save_adapter(model, "/nowhere")),
         "prune": error(lambda: fl.optim.prune(model)),
+        "merge of FSDP2": error(lambda: fl.merge(fsdp)),
+        "save of FSDP2": error(lambda: fl.save_adapter(fsdp, "/nowhere")),
+        "prune of FSDP2": error(lambda: fl.optim.prune(fsdp)),
         "penalty": error(lambda: fl.optim.orthogonality_penalty(ada)),
         "allocator": error(lambda: fl.optim.RankAllocator(ada, target_r=1, total_step=9)),
     }

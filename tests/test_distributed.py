@@ -84,6 +84,9 @@ REFUSED = {
     "swap": "NotImplementedError: ShardedSoRALinear.swap: weight is a DTensor",
     "save": "NotImplementedError: save_adapter: mlp.gate_proj.weight is a DTensor",
     "prune": "TypeError: 'mlp.gate_proj' is a",
+    "merge of FSDP2": "NotImplementedError: merge: mlp.gate_proj.weight is a DTensor",
+    "save of FSDP2": "NotImplementedError: save_adapter: mlp.gate_proj.weight is a DTensor",
+    "prune of FSDP2": "NotImplementedError: prune: mlp.gate_proj.lora_a is a DTensor",
     "penalty": "NotImplementedError: AdaLoRA: mlp.gate_proj.weight is a DTensor",
     "allocator": "NotImplementedError: AdaLoRA: mlp.gate_proj.weight is a DTensor",
 }
