@@ -18,7 +18,9 @@ def run(code: str, page: Path, names: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p not in (TROUBLE, PROCESSES)], ids=lambda p: str(p.relative_to(DOCS))
+    "page",
+    [p for p in PAGES if p not in (TROUBLE, PROCESSES)],
+    ids=lambda p: str(p.relative_to(DOCS)),
 )
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
