@@ -10,13 +10,15 @@ constexpr int kThreads = 128;
 struct Params {
   Dropout dropout;
   uint8_t* bits;
-  int64_t bytes;  // M * ceil(K / 8)
+  int64_t bytes;  // M * calls
+  int64_t calls;  // ceil(K / 8)
 };
 
 __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ Params p) {
   const int64_t i = int64_t(block_id().x) * kThreads + thread_id();
   if (i < p.bytes) {
-    p.bits[i] = uint8_t(keep_bits(uint64_t(*p.dropout.seed), uint64_t(i), p.dropout.threshold));
+    const uint64_t counter = p.dropout.counter(i / p.calls, i % p.calls);
+    p.bits[i] = uint8_t(keep_bits(uint64_t(*p.dropout.seed), counter, p.dropout.threshold));
   }
 }
 

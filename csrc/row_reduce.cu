@@ -6,8 +6,8 @@ namespace fused_lora::row_reduce {
 namespace {
 
 void row_reduce_cuda(Tensor z, Tensor v, MaybeTensor w, Tensors many, MaybeTensor seed,
-                     int64_t threshold, MaybeTensor bits, int64_t rows, Tensor planes,
-                     MaybeTensor u) {
+                     int64_t threshold, int64_t first_call, int64_t row_calls, MaybeTensor bits,
+                     int64_t rows, Tensor planes, MaybeTensor u) {
   const Call call{"row_reduce", z.get_device_index()};
   for_dtype(z.scalar_type(), call.op, [&](auto zero) {
     using T = decltype(zero);
@@ -18,7 +18,7 @@ void row_reduce_cuda(Tensor z, Tensor v, MaybeTensor w, Tensors many, MaybeTenso
     p.v = call.matrix<T>("v", v, M, R);
     if (w.has_value()) p.w = call.matrix<T>("w", *w, C, R);
     p.adapters = call.adapters(many, std::nullopt, M, R, 1.0);
-    p.dropout = call.dropout(seed, threshold, 1.0);
+    p.dropout = call.dropout(seed, threshold, 1.0, first_call, row_calls);
     p.bits = call.data<uint8_t>("bits", bits, {M, divide_up(C, 8)});
     p.p = call.data<float>("planes", planes, {-1, R, C});
     p.u = call.data<float>("u", u, {divide_up(C, kBlockC), M, R});

@@ -6,8 +6,8 @@ namespace fused_lora::shrink {
 namespace {
 
 void shrink_cuda(Tensor x, Tensor a, MaybeTensor gate, Tensors many, MaybeTensor seed, double scale,
-                 double keep_scale, int64_t threshold, int64_t tiles, int64_t span, MaybeTensor h,
-                 MaybeTensor t, MaybeTensor planes) {
+                 double keep_scale, int64_t threshold, int64_t first_call, int64_t row_calls,
+                 int64_t tiles, int64_t span, MaybeTensor h, MaybeTensor t, MaybeTensor planes) {
   const Call call{"shrink", x.get_device_index()};
   for_dtype(x.scalar_type(), call.op, [&](auto zero) {
     using T = decltype(zero);
@@ -26,7 +26,7 @@ void shrink_cuda(Tensor x, Tensor a, MaybeTensor gate, Tensors many, MaybeTensor
     }
     p.slot_stride = a.dim() == 3 ? a.stride(0) : 0;
     p.adapters = call.adapters(many, gate, M, R, scale);
-    p.dropout = call.dropout(seed, threshold, keep_scale);
+    p.dropout = call.dropout(seed, threshold, keep_scale, first_call, row_calls);
     p.h = call.data<T>("h", h, {M, R});
     p.t = call.data<T>("t", t, {M, R});
     p.planes = call.data<float>("planes", planes, {divide_up(K, span), M, R});

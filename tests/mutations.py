@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import ranks
 from hypothesis import Phase, settings
 
 PASSED, CAUGHT = "passed", "an assertion failed"
@@ -22,7 +23,7 @@ _TIMEOUT = 240  # seconds
 _server = multiprocessing.get_context("forkserver")
 # torch loads its inductor, for 2 seconds, when deterministic algorithms are asked for.
 _server.set_forkserver_preload(
-    ["torch._inductor", "torch.utils.checkpoint", "triton", "pytest", "hypothesis"]
+    [*ranks.PRELOAD, "torch._inductor", "torch.utils.checkpoint", "triton", "pytest", "hypothesis"]
 )
 
 

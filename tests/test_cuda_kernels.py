@@ -322,7 +322,7 @@ def test_no_two_rows_of_an_ldmatrix_share_a_bank(dtype):
 
 BAD = {
     "shrink: span must be a multiple": lambda ops, t: ops.shrink_cuda(
-        t, t, None, [], None, 1.0, 1.0, 0, 1, 7, None, None, None
+        t, t, None, [], None, 1.0, 1.0, 0, 0, 1, 1, 7, None, None, None
     ),
     "segment_gemm: there must be as many": lambda ops, t: ops.segment_gemm_cuda(
         [t], [], -1, [], None, None, None, 0, 1.0, t, 64
@@ -334,10 +334,10 @@ BAD = {
         [t], [t.half()], -1, [], None, None, None, 0, 1.0, torch.empty(4, 4, device=DEVICE), 64
     ),
     "row_reduce: rows, w or u": lambda ops, t: ops.row_reduce_cuda(
-        t, t, t, [], None, 0, None, 64, torch.empty(1, 8, 8, device=DEVICE), None
+        t, t, t, [], None, 0, 0, 1, None, 64, torch.empty(1, 8, 8, device=DEVICE), None
     ),
     "row_reduce: planes are of other rows": lambda ops, t: ops.row_reduce_cuda(
-        t, t, None, [], None, 0, None, 64, torch.empty(2, 8, 8, device=DEVICE), None
+        t, t, None, [], None, 0, 0, 1, None, 64, torch.empty(2, 8, 8, device=DEVICE), None
     ),
     "sum_rows: neither h nor t": lambda ops, t: ops.sum_rows_cuda(
         t[None], None, [], 1.0, None, None
@@ -354,10 +354,10 @@ BAD = {
     ),
     "decode_shrink: span must be": lambda ops, t: ops.decode_shrink_cuda(t, t, [], 8, t[None]),
     "dropout_bits: bits has another dtype": lambda ops, t: ops.dropout_bits_cuda(
-        torch.zeros(1, dtype=torch.int64, device=DEVICE), 3, t
+        torch.zeros(1, dtype=torch.int64, device=DEVICE), 3, 0, 1, t
     ),
     "the dtype must be float32": lambda ops, t: ops.shrink_cuda(
-        t.double(), t.double(), None, [], None, 1.0, 1.0, 0, 1, 32, None, None, None
+        t.double(), t.double(), None, [], None, 1.0, 1.0, 0, 0, 1, 1, 32, None, None, None
     ),
 }  # fmt: skip
 

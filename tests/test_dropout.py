@@ -8,6 +8,7 @@ import torch
 from cases import DROPOUTS, fuzz, kernels, seeds, sizes
 from conftest import DEVICE
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fused_lora import reference
 from fused_lora.ops import dispatch
@@ -46,6 +47,22 @@ def test_kernel_bits_are_the_reference_mask(kernels, p, M, K, seed):
     lanes = torch.arange(8, device=DEVICE)
     keep = (bits[:, :, None] >> lanes & 1).bool().reshape(M, bits.shape[1] * 8)[:, :K]
     assert torch.equal(keep, reference.dropout_mask(seed_t, M, K, p))
+
+
+@kernels
+@given(M=sizes, first=st.integers(0, 40), K=sizes, more=st.integers(0, 30), seed=seeds)
+@fuzz(25)
+def test_columns_of_a_wider_input_take_its_mask(kernels, M, first, K, more, seed):
+    first *= 8
+    total = first + K + more
+    seed_t = torch.tensor([seed], device=DEVICE)
+    whole = reference.dropout_mask(seed_t, M, total, 0.3)[:, first : first + K]
+    assert torch.equal(reference.dropout_mask(seed_t, M, K, 0.3, (first, total)), whole)
+    threshold = reference.dropout_threshold(0.3)
+    bits = dispatch.kernels(kernels).dropout_bits(seed_t, M, K, threshold, (first, total))
+    lanes = torch.arange(8, device=DEVICE)
+    keep = (bits[:, :, None] >> lanes & 1).bool().reshape(M, bits.shape[1] * 8)[:, :K]
+    assert torch.equal(keep, whole)
 
 
 @pytest.mark.parametrize("p", [0.0001, *DROPOUTS, 0.9])

@@ -25,7 +25,7 @@ ALLOWED = {
     "inject": {"nn", "ops"},
     "bank": {"ops"},
     "checkpoint": {"files", "inject", "nn", "optim"},
-    "integrations": {"ops", "reference"},
+    "integrations": {"nn", "ops", "reference"},
     "store": {"checkpoint", "inject", "nn", "ops"},
     "tune": {"ops", "testing", "triton_kernels"},
     "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},

@@ -105,6 +105,45 @@ def test_any_shape(backend, M, K, N, R, dtype, layout, bias, gate, dy_kind, p, s
 
 
 @backends
+@given(
+    M=sizes, first=st.integers(0, 40), K=sizes, more=st.integers(0, 30), R=ranks, dtype=dtypes,
+    p=st.sampled_from(DROPOUTS), seed=seeds,
+)  # fmt: skip
+@fuzz(20)
+def test_columns_of_a_wider_input(backend, M, first, K, more, R, dtype, p, seed):
+    tensors = leaves(make(M, K, 33, R, dtype=dtype))
+    dy = guarded((M, 33), dtype=dtype, device=DEVICE)
+    columns = 8 * first, 8 * first + K + more
+    drop = {"dropout_p": p, "seed": seed, "dropout_columns": columns}
+    check_against_fp64(tensors, dy, backend, **drop)
+
+
+@backends
+def test_columns_sum_to_the_whole(backend):
+    """Of integers, so that the sum over parts is exact: y = sum_i y_i, dA_i and dx_i are parts."""
+    parts, K = (0, 24, 64, 80), 85
+    x, weight, a, b = (
+        torch.randint(-2, 3, shape, device=DEVICE).float().requires_grad_()
+        for shape in ((20, K), (9, K), (3, K), (9, 3))
+    )
+    call = functools.partial(fl.lora_linear, scale=2.0, dropout_p=0.5, seed=11, backend=backend)
+    y = call(x, weight, a, b)
+    dy = torch.randint(-2, 3, y.shape, device=DEVICE).float()
+    whole = torch.autograd.grad(y, (x, a, b), dy)
+    found = []
+    for first, last in itertools.pairwise((*parts, K)):
+        here = tuple(t.detach()[:, first:last].requires_grad_() for t in (x, weight, a))
+        y_i = call(*here, b, dropout_columns=(first, K))
+        found.append((y_i, *torch.autograd.grad(y_i, (here[0], here[2], b), dy)))
+        frozen = (t.detach() for t in (*here[1:], b))  # dx alone takes another way to the mask
+        y_i = call(here[0], *frozen, dropout_columns=(first, K))
+        assert torch.equal(torch.autograd.grad(y_i, here[0], dy)[0], found[-1][1])
+    ys, dxs, das, dbs = zip(*found, strict=True)
+    assert torch.equal(sum(ys), y) and torch.equal(sum(dbs), whole[2])
+    assert torch.equal(torch.cat(dxs, 1), whole[0]) and torch.equal(torch.cat(das, 1), whole[1])
+
+
+@backends
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3), (2, 0), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "step2", "expanded"])
 def test_leading_dimensions(backend, lead, layout):
@@ -338,8 +377,8 @@ def test_opcheck(sample):
     p = sample["p"]
     forward = torch.ops.fused_lora.lora_linear.default
     backward = torch.ops.fused_lora.lora_linear_backward.default
-    for save_h in (False, True):
-        args = (x, weight, a, b, bias, gate, seed, SCALE, p, save_h, "torch")
+    for save_h, columns in ((False, (16, 40)), (True, None)):
+        args = (x, weight, a, b, bias, gate, seed, SCALE, p, save_h, "torch", columns)
         torch.library.opcheck(forward, args)
     h, dy = forward(*args)[1], torch.randn(2, 3, 9, dtype=x.dtype, device=DEVICE)
     for needs in (
@@ -650,6 +689,27 @@ BAD = {
         {"seed": 2**63},
         ValueError,
         "seed must fit in int64, got 9223372036854775808",
+    ),
+    "columns of one": (
+        {"dropout_columns": 8},
+        TypeError,
+        "dropout_columns must be two ints (first, total), got 8",
+    ),
+    "columns of floats": (
+        {"dropout_columns": (8.0, 20)},
+        TypeError,
+        "dropout_columns must be two ints (first, total), got (8.0, 20)",
+    ),
+    "columns from 4 on": (
+        {"dropout_columns": (4, 20)},
+        ValueError,
+        "dropout_columns begins at 4; a multiple of 8 is wanted, as one call of the generator "
+        "serves 8 columns",
+    ),
+    "columns past the end": (
+        {"dropout_columns": (8, 19)},
+        ValueError,
+        "dropout_columns is (8, 19), but x has 12 columns, which end at 20",
     ),
     "backend": (
         {"backend": "cudnn"},

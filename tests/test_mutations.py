@@ -44,6 +44,7 @@ CONFIGS = "triton_kernels/configs.py"
 FILES = "files.py"
 DEPT = "nn/dept.py"
 PRUNE = "optim/prune.py"
+DISTRIBUTED = "integrations/distributed.py"
 
 # All six tensors, with dropout and without.
 ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
@@ -53,6 +54,9 @@ SUBSET = "test_lora_linear.py::test_only_the_gradients_asked_for[({})-{}]"
 EDGE = "test_regressions.py::{}"
 RAGGED = "test_multi_lora_linear.py::test_ragged_ranks[id_dtype0-{}-{}]"
 MANY = "test_multi_lora_linear.py::test_64_adapters[{}]"
+
+PARTS = "test_lora_linear.py::test_columns_sum_to_the_whole[{}]"
+TENSOR_PARALLEL = "test_distributed.py::test_tensor_parallel[{}]"
 
 ALLOCATION = "test_adalora.py::test_a_hundred_steps_are_those_of_the_loops"
 
@@ -115,9 +119,76 @@ FAULTS = {
     ),
     "reference: a lane at the threshold is dropped": Fault(
         REFERENCE,
-        "K) >= threshold",
-        "K) > threshold",
+        "K, columns) >= threshold",
+        "K, columns) > threshold",
         EDGE.format("test_a_lane_at_the_threshold_is_kept[0]"),
+    ),
+    "reference: columns of a wider input count from its first": Fault(
+        REFERENCE,
+        "    counter += first // 8\n",
+        "",
+        "test_dropout.py::test_columns_of_a_wider_input_take_its_mask[triton]",
+    ),
+    "kernel: columns of a wider input count from its first, in shrink": Fault(
+        SHRINK,
+        "offs_call = first_call + first // 8",
+        "offs_call = first // 8",
+        PARTS.format("triton"),
+    ),
+    "kernel: columns of a wider input have rows of their own, in row_reduce": Fault(
+        REDUCE,
+        "first_call + offs_call, row_calls, threshold",
+        "first_call + offs_call, calls, threshold",
+        PARTS.format("triton"),
+    ),
+    "kernel: columns of a wider input count from its first, in the bits": Fault(
+        DROPOUT,
+        "first_call + offs_c, row_calls",
+        "offs_c, row_calls",
+        PARTS.format("triton"),
+    ),
+    "op: the backward forgets where x lies in a wider input": Fault(
+        OP,
+        "ctx.backend, ctx.columns,",
+        "ctx.backend, None,",
+        PARTS.format("torch"),
+    ),
+    # Tensor parallel.
+    "the gradients of what all ranks have are not summed": Fault(
+        DISTRIBUTED,
+        ".to_local(grad_placements=[Partial()])",
+        ".to_local(grad_placements=[Replicate()])",
+        TENSOR_PARALLEL.format("False-0.0-mlp-2"),
+    ),
+    "dx is not summed over the ranks": Fault(
+        DISTRIBUTED,
+        "dx: ClassVar = Partial()",
+        "dx: ClassVar = Replicate()",
+        TENSOR_PARALLEL.format("False-0.0-attention-2"),
+    ),
+    "every rank adds the bias": Fault(
+        DISTRIBUTED,
+        "* float(rank == 0)",
+        "* 1.0",
+        "test_distributed.py::test_a_trained_bias[mlp-2]",
+    ),
+    "a row-wise part makes the first part's mask": Fault(
+        DISTRIBUTED,
+        "(rank * K, layer.in_features)",
+        "(0, layer.in_features)",
+        TENSOR_PARALLEL.format("False-0.5-mlp-2"),
+    ),
+    "each rank draws a seed of its own": Fault(
+        DISTRIBUTED,
+        "_waited(collectives.broadcast(draw_seed(device), 0, mesh.get_group()))",
+        "draw_seed(device)",
+        TENSOR_PARALLEL.format("False-0.5-attention-2"),
+    ),
+    "gates of shards are not thresholded": Fault(
+        "optim/sora.py",
+        '[local_part(g) for g in group["params"] if g.grad is not None]',
+        '[local_part(g).clone() for g in group["params"] if g.grad is not None]',
+        "test_distributed.py::test_gates_train_as_one[tp-2-sgd]",
     ),
     "reference: the threshold is rounded down": Fault(
         REFERENCE,
@@ -134,8 +205,8 @@ FAULTS = {
     # h and t.
     "shrink: another counter stride": Fault(
         SHRINK,
-        "keep_bits(seed, offs_m, offs_call, tl.cdiv(K, 8), threshold)",
-        "keep_bits(seed, offs_m, offs_call, K // 8, threshold)",
+        "*calls_of(K, columns)",
+        "0, K // 8",
         MASKS.format("triton"),
     ),
     "shrink: the mask does not move with k": Fault(
@@ -647,8 +718,8 @@ FAULTS = {
     ),
     "autocast rounds the gate": Fault(
         OP,
-        "_check(*tensors, gate, scale, dropout_p, seed)\n",
-        "_check(*tensors, gate, scale, dropout_p, seed)\n        gate = gate.to(x.dtype)\n",
+        "_check(*tensors, *others)\n",
+        "_check(*tensors, *others)\n        gate = gate.to(x.dtype)\n",
         EDGE.format("test_master_gradients_are_not_rounded_to_16_bits"),
     ),
     "a usual call under autocast": Fault(
@@ -659,8 +730,8 @@ FAULTS = {
     ),
     "a usual call with a probability above one": Fault(
         OP,
-        "0.0 <= dropout_p <= 1.0 and seed is None",
-        "0.0 <= dropout_p and seed is None",
+        "0.0 <= dropout_p <= 1.0)",
+        "0.0 <= dropout_p)",
         "test_lora_linear.py::test_bad_input[p above one]",
     ),
     # Many adapters.
@@ -904,6 +975,12 @@ CUDA_FAULTS = {
         "round < 7",
         "round < 6",
         "test_dropout.py::test_kernel_bits_are_the_reference_mask[0.5-cuda]",
+    ),
+    "cuda: columns of a wider input count from its first": Fault(
+        "common/philox.cuh: row_reduce",
+        "m * row_calls + first_call + call",
+        "m * row_calls + call",
+        PARTS.format("cuda"),
     ),
     "cuda: the mask of the next eight columns": Fault(
         "common/tile.cuh: shrink",

@@ -9,6 +9,7 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "```python" in p.read_text())
 TROUBLE = DOCS / "troubleshooting.md"
+PROCESSES = DOCS / "distributed.md"  # test_distributed.py runs it
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -17,7 +18,9 @@ def run(code: str, page: Path, names: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p != TROUBLE], ids=lambda p: str(p.relative_to(DOCS))
+    "page",
+    [p for p in PAGES if p not in (TROUBLE, PROCESSES)],
+    ids=lambda p: str(p.relative_to(DOCS)),
 )
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

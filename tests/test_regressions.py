@@ -214,3 +214,31 @@ def test_the_kernels_of_the_backend_that_was_asked_for(backend, monkeypatch):
     assert launched == OF_FORWARD[backend]
     grad(y, grad_outputs=torch.ones_like(y))
     assert launched == OF_FORWARD[backend] + OF_BACKWARD[backend]
+
+
+X, W, A, B = (6, 8), (5, 8), (2, 8), (5, 2)
+IN_PLACE = {
+    "lora_linear": lambda x, w, a, b, ids: fl.lora_linear(x, w, a, b, scale=1.0),
+    "lora_add": lambda x, w, a, b, ids: fl.lora_add(x @ w.t(), x, a, b, scale=1.0),
+    "lora_linear_group": lambda x, w, a, b, ids: fl.lora_linear_group(
+        x, [w, w], [a, None], [b, None], scales=[1.0, 1.0]
+    )[0],
+    "multi_lora_linear": lambda x, w, a, b, ids: fl.multi_lora_linear(
+        x, w, reference.pack_slots([(a, b, 1.0, None)]), ids * 0
+    ),
+    "lora_embedding": lambda x, w, a, b, ids: fl.lora_embedding(ids, w.t(), a, b, scale=1.0),
+    "dept_embedding": lambda x, w, a, b, ids: fl.dept_embedding(ids, w, None, b, a),
+}
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
+@pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
+def test_an_output_may_be_changed_in_place(op, lead):
+    """As F.relu_ and += change that of nn.Linear; torch forbids it of a custom function's views."""
+    x, w, a, b = (torch.randn(s, device=DEVICE, requires_grad=True) for s in (X, W, A, B))
+    ids = torch.randint(0, 5, lead, device=DEVICE)
+    y = IN_PLACE[op](x.view(*lead, 8), w, a, b, ids)
+    assert not y._is_view()
+    (changed,) = torch.autograd.grad(y.mul_(2).sum(), a)
+    (want,) = torch.autograd.grad(IN_PLACE[op](x.view(*lead, 8), w, a, b, ids).sum() * 2, a)
+    torch.testing.assert_close(changed, want)

@@ -1,5 +1,8 @@
 """The dropout mask: Philox4x32-7, key = seed, counter = m * ceil(K / 8) + k // 8.
 
+An input that is columns first .. first + K of a wider one, of `total` columns, takes that one's
+mask: counter = m * ceil(total / 8) + (first + k) // 8, with first a multiple of 8.
+
 One Philox call serves the 8 elements (m, 8c .. 8c + 7), 16 bits each. Its answer is handled as a
 byte of keep bits, bit l for element 8c + l: the kernels that need the mask expand bytes, those that
 hand it on store them.
@@ -35,13 +38,15 @@ def expand_bits(bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.reshape(lanes, [BLOCK_M, BLOCK_K]) != 0
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "first_call", "row_calls"])
 def dropout_bits_kernel(
     seed_ptr,
     bits_ptr,  # uint8 [M, calls]
     M,
     calls,
     threshold,
+    first_call,
+    row_calls,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -49,17 +54,28 @@ def dropout_bits_kernel(
     pid_c = tl.program_id(1).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    bits = keep_bits(tl.load(seed_ptr), offs_m, offs_c, calls, threshold)
+    bits = keep_bits(tl.load(seed_ptr), offs_m, first_call + offs_c, row_calls, threshold)
     mask = (offs_m < M)[:, None] & (offs_c < calls)[None, :]
     tl.store(bits_ptr + offs_m[:, None] * calls + offs_c[None, :], bits.to(tl.uint8), mask=mask)
 
 
-def dropout_bits(seed: torch.Tensor, M: int, K: int, threshold: int) -> torch.Tensor:
-    """The mask of an [M, K] input as bits: uint8 [M, ceil(K / 8)], bit k % 8 of byte k // 8."""
+def calls_of(K: int, columns: tuple[int, int] | None) -> tuple[int, int]:
+    """(the first call of a row of the input, calls in a row of the whole of which it is columns)"""
+    first, total = columns or (0, K)
+    return first // 8, triton.cdiv(total, 8)
+
+
+def dropout_bits(
+    seed: torch.Tensor, M: int, K: int, threshold: int, columns: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """The mask of an [M, K] input as bits: uint8 [M, ceil(K / 8)], bit k % 8 of byte k // 8.
+
+    columns = (first, total) where it is a part of a wider input.
+    """
     calls = triton.cdiv(K, 8)
     bits = torch.empty(M, calls, dtype=torch.uint8, device=seed.device)
     if bits.numel():
         grid = (triton.cdiv(M, 16), triton.cdiv(calls, 128))
-        args = (seed, bits, M, calls, threshold)
+        args = (seed, bits, M, calls, threshold, *calls_of(K, columns))
         launch(dropout_bits_kernel, grid, seed.device, *args, BLOCK_M=16, BLOCK_C=128, num_warps=4)
     return bits

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .dropout import expand_bits, keep_bits
+from .dropout import calls_of, expand_bits, keep_bits
 from .launch import exact, launch
 from .planes import sum_planes
 from .shrink import shrink
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "rows"])
+@triton.jit(do_not_specialize=["M", "threshold", "first_call", "row_calls", "rows"])
 def row_reduce_kernel(
     z_ptr,  # [M, C]
     v_ptr,  # [M, R]
@@ -34,6 +34,8 @@ def row_reduce_kernel(
     C,
     R,
     threshold,
+    first_call,
+    row_calls,
     rows,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -76,7 +78,7 @@ def row_reduce_kernel(
             other=0.0,
         )  # [BLOCK_M, BLOCK_R]
         if seed_ptr is not None:
-            bits = keep_bits(seed, offs_m, offs_call, calls, threshold)
+            bits = keep_bits(seed, offs_m, first_call + offs_call, row_calls, threshold)
             if bits_ptr is not None and pid_r == 0:
                 tl.store(
                     bits_ptr + offs_m[:, None] * calls + offs_call[None, :],
@@ -100,11 +102,12 @@ def row_reduce_kernel(
     )
 
 
-def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
+def row_reduce(z, v, *, w=None, dropout=None, columns=None, bits=None, config=None):
     """fp32 planes of P^T [row blocks, R, C] and, where w is given, of u [column blocks, M, R].
 
     z [M, C], v [M, R], w [C, R], any strides. dropout is None or (seed int64 [1], threshold) and
-    masks z; bits uint8 [M, ceil(C / 8)] then receives the mask.
+    masks z; bits uint8 [M, ceil(C / 8)] then receives the mask. columns = (first, total) where z is
+    a part of a wider input.
     """
     (M, C), R = z.shape, v.shape[1]
     sm = configs.capability(z.device)
@@ -134,6 +137,7 @@ def row_reduce(z, v, *, w=None, dropout=None, bits=None, config=None):
             C,
             *exact((R,)),
             threshold,
+            *calls_of(C, columns),
             rows,
             INPUT_PRECISION=configs.input_precision(z.dtype),
             **c,
@@ -162,13 +166,14 @@ def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False,
     return dh, db, dgate
 
 
-def row_reduce_x(x, dh, *, dropout=None, bits=None, da_dtype=None):
+def row_reduce_x(x, dh, *, dropout=None, columns=None, bits=None, da_dtype=None):
     """dA [R, K] = dh^T drop(x); bits, where given, receives the mask.
 
-    dropout is None or (seed int64 [1], threshold, keep_scale).
+    dropout is None or (seed int64 [1], threshold, keep_scale). columns = (first, total) where x is
+    a part of a wider input.
     """
     seed, threshold, keep_scale = dropout or (None, 0, 1.0)
-    p, _ = row_reduce(x, dh, dropout=dropout and (seed, threshold), bits=bits)
+    p, _ = row_reduce(x, dh, dropout=dropout and (seed, threshold), columns=columns, bits=bits)
     da = torch.empty(dh.shape[1], x.shape[1], dtype=da_dtype or x.dtype, device=x.device)
     sum_planes(p.transpose(1, 2), plain_scale=keep_scale, h=da.t())
     return da

@@ -10,12 +10,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs
-from .dropout import expand_bits, keep_bits
+from .dropout import calls_of, expand_bits, keep_bits
 from .launch import exact, launch
 from .planes import scaled, sum_planes
 
 
-@triton.jit(do_not_specialize=["M", "span", "threshold"])
+@triton.jit(do_not_specialize=["M", "span", "threshold", "first_call", "row_calls"])
 def shrink_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [R, K]
@@ -33,6 +33,8 @@ def shrink_kernel(
     scale,
     keep_scale,
     threshold,
+    first_call,
+    row_calls,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -56,7 +58,7 @@ def shrink_kernel(
     a_ptrs = a_ptr + offs_r[:, None] * stride_a[0] + offs_k[None, :] * stride_a[1]
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        offs_call = first // 8 + tl.arange(0, BLOCK_K // 8)
+        offs_call = first_call + first // 8 + tl.arange(0, BLOCK_K // 8)
 
     # h^T = A drop(x)^T: the masked x is the RIGHT operand. ptxas before 13.3 can miscompile a
     # pipelined wgmma whose LEFT operand was computed in registers.
@@ -66,7 +68,7 @@ def shrink_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
         if seed_ptr is not None:
-            bits = keep_bits(seed, offs_m, offs_call, tl.cdiv(K, 8), threshold)
+            bits = keep_bits(seed, offs_m, offs_call, row_calls, threshold)
             x = tl.where(expand_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
             offs_call += BLOCK_K // 8
         acc = tl.dot(a, tl.trans(x), acc, input_precision=INPUT_PRECISION)
@@ -87,11 +89,12 @@ def shrink_kernel(
             tl.store(t_ptr + out, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
-def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=None):
+def shrink(x, a, *, scale=1.0, gate=None, dropout=None, columns=None, save_h=False, config=None):
     """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a [R, K] of any strides.
 
     dropout is None or (seed int64 [1], threshold, keep_scale): an element is kept iff its 16-bit
-    lane reaches the threshold, and keep_scale multiplies h.
+    lane reaches the threshold, and keep_scale multiplies h. columns = (first, total) where x is a
+    part of a wider input.
     """
     (M, K), R = x.shape, a.shape[0]
     c = dict(config or configs.shrink(M, K, R, x.dtype, configs.capability(x.device)))
@@ -124,6 +127,7 @@ def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False, config=Non
             scale,
             keep_scale,
             threshold,
+            *calls_of(K, columns),
             INPUT_PRECISION=configs.input_precision(x.dtype),
             OVERLAP=configs.overlaps(x.device),
             **c,

@@ -1,5 +1,6 @@
 // The dropout mask: Philox4x32-7, key = seed, counter = m * ceil(K / 8) + k // 8 (Salmon et al.,
-// SC 2011). One call serves the 8 elements (m, 8c .. 8c + 7), 16 bits each.
+// SC 2011). One call serves the 8 elements (m, 8c .. 8c + 7), 16 bits each. Columns of a wider input
+// take its mask: there K is the whole's, and k counts from its first column.
 #pragma once
 
 #include "common/device.cuh"
@@ -10,6 +11,12 @@ struct Dropout {
   const int64_t* seed;  // null: nothing is dropped
   uint32_t threshold;   // an element is kept iff its 16 bits reach this
   float keep_scale;     // 1 / (1 - p)
+  int64_t first_call;   // of a row of the input, within a row of the whole
+  int64_t row_calls;    // of a row of the whole
+
+  __host__ __device__ uint64_t counter(int64_t m, int64_t call) const {
+    return uint64_t(m * row_calls + first_call + call);
+  }
 };
 
 // Bit l: element 8c + l is kept.

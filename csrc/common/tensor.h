@@ -121,8 +121,10 @@ struct Call {
     return a;
   }
 
-  Dropout dropout(const MaybeTensor& seed, int64_t threshold, double keep_scale) const {
-    return {data<int64_t>("seed", seed, {1}), uint32_t(threshold), float(keep_scale)};
+  Dropout dropout(const MaybeTensor& seed, int64_t threshold, double keep_scale, int64_t first_call,
+                  int64_t row_calls) const {
+    return {data<int64_t>("seed", seed, {1}), uint32_t(threshold), float(keep_scale), first_call,
+            row_calls};
   }
 };
 

@@ -104,7 +104,7 @@ __device__ void drop_tile(typename Tile::T* tile, const Dropout& dropout, const 
     const int row = i / kCalls;
     const int64_t source = row_of(row), call = col / 8 + i % kCalls;
     if (source < 0 || call >= calls) continue;
-    const uint32_t keep = keep_bits(seed, uint64_t(source * calls + call), dropout.threshold);
+    const uint32_t keep = keep_bits(seed, dropout.counter(source, call), dropout.threshold);
     if (bits != nullptr) bits[source * calls + call] = uint8_t(keep);
 #pragma unroll
     for (int part = 0; part < 8; part += kChunk<T>) {

@@ -17,8 +17,8 @@ from fused_lora import _extension
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
     "shrink_cuda(Tensor x, Tensor a, Tensor? gate, Tensor[] many, Tensor? seed, float scale, "
-    "float keep_scale, int threshold, int tiles, int span, Tensor(a!)? h, Tensor(b!)? t, "
-    "Tensor(c!)? planes) -> ()"
+    "float keep_scale, int threshold, int first_call, int row_calls, int tiles, int span, "
+    "Tensor(a!)? h, Tensor(b!)? t, Tensor(c!)? planes) -> ()"
 )
 _library.define(
     "segment_gemm_cuda(Tensor[] lefts, Tensor[] rights, int gathered, Tensor[] many, "
@@ -32,7 +32,8 @@ _library.define(
 )
 _library.define(
     "row_reduce_cuda(Tensor z, Tensor v, Tensor? w, Tensor[] many, Tensor? seed, int threshold, "
-    "Tensor(a!)? bits, int rows, Tensor(b!) planes, Tensor(c!)? u) -> ()"
+    "int first_call, int row_calls, Tensor(a!)? bits, int rows, Tensor(b!) planes, Tensor(c!)? u) "
+    "-> ()"
 )
 _library.define(
     "sum_rows_cuda(Tensor planes, Tensor? gate, Tensor[] many, float scale, Tensor(a!)? h, "
@@ -42,7 +43,10 @@ _library.define(
     "sum_columns_cuda(Tensor planes, int M, int rows, Tensor? gate, Tensor[] many, float scale, "
     "float plain_scale, bool scaled, Tensor? w, Tensor(a!) out, Tensor(b!)? dot) -> ()"
 )
-_library.define("dropout_bits_cuda(Tensor seed, int threshold, Tensor(a!) bits) -> ()")
+_library.define(
+    "dropout_bits_cuda(Tensor seed, int threshold, int first_call, int row_calls, "
+    "Tensor(a!) bits) -> ()"
+)
 _library.define(
     "decode_shrink_cuda(Tensor x, Tensor a, Tensor[] many, int span, Tensor(a!) planes) -> ()"
 )
@@ -117,6 +121,12 @@ def _dropout(dropout) -> tuple[Tensor | None, int, float]:
     return seed.reshape(1), threshold, *(scale or (1.0,))
 
 
+def _calls(K: int, columns: tuple[int, int] | None) -> tuple[int, int]:
+    """(the first call of a row of the input, calls in a row of the whole of which it is columns)"""
+    first, total = columns or (0, K)
+    return first // 8, _divide_up(total, 8)
+
+
 def _max_tiles(M: int, G: int, block: int) -> int:
     """The most tiles that M rows of G adapters can make: each adapter may end in a part of one."""
     return min(M, _divide_up(M, block) + min(G, M))
@@ -130,7 +140,7 @@ def _span(columns: int, blocks: int, step: int, least: int, device: torch.device
     return _divide_up(span, step) * step
 
 
-def _start_shrink(x, a, gate, many, dropout, scale, tiles, h, t):
+def _start_shrink(x, a, gate, many, dropout, scale, tiles, h, t, columns=None):
     """Fill h and t, whichever are given."""
     (M, K), R, step = x.shape, a.shape[-2], _block_k(x.dtype)
     seed, threshold, keep_scale = _dropout(dropout)
@@ -140,22 +150,24 @@ def _start_shrink(x, a, gate, many, dropout, scale, tiles, h, t):
     if not (M and K):
         return
     _ops.shrink_cuda(
-        x, a, gate, many, seed, scale, keep_scale, threshold, tiles, span, h, t, planes
+        x, a, gate, many, seed, scale, keep_scale, threshold, *_calls(K, columns), tiles, span, h,
+        t, planes,
     )  # fmt: skip
     if planes is not None:
         _ops.sum_rows_cuda(planes, gate, many, scale, h, t)
 
 
-def shrink(x, a, *, scale=1.0, gate=None, dropout=None, save_h=False):
+def shrink(x, a, *, scale=1.0, gate=None, dropout=None, columns=None, save_h=False):
     """(t [M, R], h [M, R] or None) in x's dtype, for x [M, K] and a [R, K] of any strides.
 
     dropout is None or (seed int64 [1], threshold, keep_scale): an element is kept iff its 16-bit
-    lane reaches the threshold, and keep_scale multiplies h.
+    lane reaches the threshold, and keep_scale multiplies h. columns = (first, total) where x is a
+    part of a wider input.
     """
     (M, K), R = x.shape, a.shape[0]
     new = x.new_empty if K else x.new_zeros  # a sum over nothing
     t, h = new(M, R), new(M, R) if save_h else None
-    _start_shrink(x, a, _gate(gate), [], dropout, scale, _divide_up(M, BLOCK_M), h, t)
+    _start_shrink(x, a, _gate(gate), [], dropout, scale, _divide_up(M, BLOCK_M), h, t, columns)
     return t, h
 
 
@@ -320,13 +332,14 @@ def multi_segment_add_(y, t, v_slots, slots, routing, *, block_m=None):
     _start_segments([t], [v_slots], 0, _many(slots, routing), None, y, None, y, block_m)
 
 
-def _start_row_reduce(z, v, w, many, dropout, bits, rows, tiles):
+def _start_row_reduce(z, v, w, many, dropout, bits, rows, tiles, columns=None):
     """fp32 planes of P^T [tiles, R, C] and, where w is given, of u [column blocks, M, R]."""
     (M, C), R = z.shape, v.shape[1]
     seed, threshold, _ = _dropout(dropout)
     planes = z.new_empty(tiles, R, C, dtype=torch.float32)
     u = w if w is None else z.new_empty(_divide_up(C, BLOCK_C), M, R, dtype=torch.float32)
-    _ops.row_reduce_cuda(z, v, w, many, seed, threshold, bits, rows, planes, u)
+    calls = _calls(C, columns)
+    _ops.row_reduce_cuda(z, v, w, many, seed, threshold, *calls, bits, rows, planes, u)
     return planes, u
 
 
@@ -363,14 +376,17 @@ def row_reduce_dy(dy, b, h, *, scale, gate=None, need_dh=True, need_dgate=False,
     return dh, db, None if dot is None else dot.sum((0, 1))
 
 
-def row_reduce_x(x, dh, *, dropout=None, bits=None, da_dtype=None):
+def row_reduce_x(x, dh, *, dropout=None, columns=None, bits=None, da_dtype=None):
     """dA [R, K] = dh^T drop(x); bits, where given, receives the mask.
 
-    dropout is None or (seed int64 [1], threshold, keep_scale).
+    dropout is None or (seed int64 [1], threshold, keep_scale). columns = (first, total) where x is
+    a part of a wider input.
     """
     (M, K), R = x.shape, dh.shape[1]
     rows = _rows_of_a_block(M, K, x.device)
-    planes, _ = _start_row_reduce(x, dh, None, [], dropout, bits, rows, _divide_up(M, rows))
+    planes, _ = _start_row_reduce(
+        x, dh, None, [], dropout, bits, rows, _divide_up(M, rows), columns
+    )
     da = torch.empty(R, K, dtype=da_dtype or x.dtype, device=x.device)
     keep_scale = _dropout(dropout)[2]
     _ops.sum_columns_cuda(
@@ -396,10 +412,15 @@ def multi_row_reduce(z, v, slots, routing, out, *, scaled=False, w=None, dropout
     return None if dot is None else dot.sum(0)
 
 
-def dropout_bits(seed: Tensor, M: int, K: int, threshold: int) -> Tensor:
-    """The mask of an [M, K] input as bits: uint8 [M, ceil(K / 8)], bit k % 8 of byte k // 8."""
+def dropout_bits(
+    seed: Tensor, M: int, K: int, threshold: int, columns: tuple[int, int] | None = None
+) -> Tensor:
+    """The mask of an [M, K] input as bits: uint8 [M, ceil(K / 8)], bit k % 8 of byte k // 8.
+
+    columns = (first, total) where it is a part of a wider input.
+    """
     bits = torch.empty(M, _divide_up(K, 8), dtype=torch.uint8, device=seed.device)
-    _ops.dropout_bits_cuda(seed.reshape(1), threshold, bits)
+    _ops.dropout_bits_cuda(seed.reshape(1), threshold, *_calls(K, columns), bits)
     return bits
 
 

@@ -26,6 +26,7 @@ from fused_lora.nn.checks import (
     kind_of,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
+from fused_lora.nn.sharded import check_whole
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
@@ -344,6 +345,8 @@ def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
             raise NotImplementedError(why_unmergeable(repr(name), module))
     if not layers:
         raise ValueError("model has no LoRALinear; inject adapters first")
+    for name, layer in layers.items():
+        check_whole("unmerge" if merged else "merge", name, layer)
     wrong = [repr(name) for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
         state = "are not merged" if merged else "are merged already"
@@ -355,9 +358,9 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     """LoRALinear.merge of every adapted layer; the model then costs what its base costs.
 
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter, whose
-    weight is its base's own; ValueError where there is no LoRALinear, for another keep_base, or
-    where a weight to merge belongs to another module too, which merging would change; RuntimeError
-    where a layer is merged already.
+    weight is its base's own, or where parameters are sharded; ValueError where there is no
+    LoRALinear, for another keep_base, or where a weight to merge belongs to another module too,
+    which merging would change; RuntimeError where a layer is merged already.
     """
     check_choice("keep_base", keep_base, KEEP_BASE)
     layers = _adapted_layers(model, merged=False)
@@ -378,8 +381,9 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
 def unmerge(model: torch.nn.Module) -> None:
     """LoRALinear.unmerge of every adapted layer of model.
 
-    Raises before anything is written: NotImplementedError where there is a LoRAAdapter, ValueError
-    where there is no LoRALinear, RuntimeError where a layer is not merged.
+    Raises before anything is written: NotImplementedError where there is a LoRAAdapter or
+    parameters are sharded, ValueError where there is no LoRALinear, RuntimeError where a layer is
+    not merged.
     """
     for layer in _adapted_layers(model, merged=True):
         layer.unmerge()

@@ -84,26 +84,35 @@ def dropout_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
-def dropout_lanes(seed: Tensor, rows: Tensor, K: int) -> Tensor:
+Columns = tuple[int, int] | None
+
+
+def dropout_lanes(seed: Tensor, rows: Tensor, K: int, columns: Columns = None) -> Tensor:
     """The 16-bit lanes of the given rows of a matrix of K columns: int32 [len(rows), K].
 
     Element (m, k) is lane k % 8 of the Philox call with counter m * ceil(K / 8) + k // 8: word
-    lane // 2, the low half first.
+    lane // 2, the low half first. columns = (first, total): these are columns first .. first + K of
+    a matrix of `total`, with its lanes; first is a multiple of 8.
     """
+    first, total = columns or (0, K)
     calls = (K + 7) // 8
-    counter = rows[:, None] * calls + torch.arange(calls, device=rows.device)
+    counter = rows[:, None] * ((total + 7) // 8) + torch.arange(calls, device=rows.device)
+    counter += first // 8
     words = torch.stack(philox4x32(counter, seed.reshape(())), dim=-1)  # [M, calls, 4]
     lanes = words.to(torch.int32).view(torch.int16)  # [M, calls, 8]; memory is little-endian
     return (lanes.to(torch.int32) & 0xFFFF).view(len(rows), calls * 8)[:, :K]
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """True where element (m, k) of an [M, K] input is kept: bool [M, K] on seed's device."""
+def dropout_mask(seed: Tensor, M: int, K: int, p: float, columns: Columns = None) -> Tensor:
+    """True where element (m, k) of an [M, K] input is kept: bool [M, K] on seed's device.
+
+    columns: where it lies in a wider input (see dropout_lanes).
+    """
     rows = torch.arange(M, device=seed.device)
     # On a CPU a slab of rows at a time, so that the 64-bit intermediates stay in its cache.
     slab = max(1, torch.get_num_threads() * 2**18 // max(1, K)) if seed.is_cpu else max(1, M)
     threshold = dropout_threshold(p)
-    return torch.cat([dropout_lanes(seed, r, K) >= threshold for r in rows.split(slab)])
+    return torch.cat([dropout_lanes(seed, r, K, columns) >= threshold for r in rows.split(slab)])
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -111,14 +120,16 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _dropout(x: Tensor, p: float, training: bool, seed: int | Tensor | None) -> Tensor:
+def _dropout(
+    x: Tensor, p: float, training: bool, seed: int | Tensor | None, columns: Columns = None
+) -> Tensor:
     if not training or p == 0:
         return x
     if seed is None:
         seed = draw_seed(x.device)
     elif not isinstance(seed, Tensor):
         seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
-    keep = dropout_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p).view(x.shape)
+    keep = dropout_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p, columns).view(x.shape)
     return torch.where(keep, x, 0) * dropout_scale(p)
 
 
@@ -126,7 +137,12 @@ def lora_add(
     base_out, x, lora_a, lora_b, *, scale, gate=None, dropout_p=0.0, training=True, seed=None
 ):
     """y = base_out + scale * ((drop(x) A^T) * g) B^T."""
-    h = _dropout(x, dropout_p, training, seed) @ lora_a.to(x.dtype).t()
+    x = _dropout(x, dropout_p, training, seed)
+    return _added(base_out, x, lora_a, lora_b, scale, gate)
+
+
+def _added(base_out, x, lora_a, lora_b, scale, gate):
+    h = x @ lora_a.to(x.dtype).t()
     if gate is not None:
         h = h * gate
     return base_out + (scale * (h.to(x.dtype) @ lora_b.to(x.dtype).t())).to(base_out.dtype)
@@ -144,19 +160,15 @@ def lora_linear(
     dropout_p=0.0,
     training=True,
     seed=None,
+    dropout_columns=None,
 ):
-    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T   (arXiv 2106.09685, 2311.11696)."""
-    return lora_add(
-        F.linear(x, weight, bias),
-        x,
-        lora_a,
-        lora_b,
-        scale=scale,
-        gate=gate,
-        dropout_p=dropout_p,
-        training=training,
-        seed=seed,
-    )
+    """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T   (arXiv 2106.09685, 2311.11696).
+
+    dropout_columns = (first, total): x is columns first .. first + K of a wider input, whose mask
+    it takes.
+    """
+    dropped = _dropout(x, dropout_p, training, seed, dropout_columns)
+    return _added(F.linear(x, weight, bias), dropped, lora_a, lora_b, scale, gate)
 
 
 def lora_linear_group(

@@ -23,6 +23,7 @@ from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype
 from fused_lora.nn.checks import check_linear, is_quantised
 from fused_lora.nn.linear import LoRALinear, SoRALinear
+from fused_lora.nn.sharded import check_whole
 
 # Of these it is known that A, B, scale and gate are all that they are.
 KINDS = LoRALinear, SoRALinear, LoRAAdapter
@@ -122,8 +123,10 @@ def save_adapter(
     one. One process at a time may save into a folder.
 
     Raises before anything is written: TypeError for a model of another kind, a layer of an unknown
-    class, and dtypes other than fp32, fp16 and bf16; ValueError where no layer is adapted, where
-    some layers have a gate and others none, for a rank above 4096, and for NaN or infinity.
+    class, and dtypes other than fp32, fp16 and bf16; NotImplementedError for sharded parameters
+    (FSDP2, tensor parallel: docs/distributed.md puts them together); ValueError where no layer is
+    adapted, where some layers have a gate and others none, for a rank above 4096, and for NaN or
+    infinity.
     A module that is at several places of the model is a warning: PEFT adapts only the first.
     """
     model = _unwrapped(model)
@@ -131,6 +134,8 @@ def save_adapter(
     layers = _adapted(names)
     if not layers:
         raise ValueError("model has no LoRALinear; there is no adapter to save")
+    for name, layer in layers.items():
+        check_whole("save_adapter", name, layer)
     if not fold_gate and any(isinstance(layer, AdaLoRALinear) for layer in layers.values()):
         return save_adalora(model, Path(dir))
     weights = {name: _weights(name, layer, fold_gate) for name, layer in layers.items()}
@@ -198,7 +203,8 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     The folder is not trusted: see fused_lora.checkpoint.read_adapter for what is refused. Nothing
     of model is changed where one of these is raised: what read_adapter raises, ValueError for
     layers, shapes or ranks that do not fit, with the nearest names, TypeError for layers that are
-    neither a plain nn.Linear nor quantised, RuntimeError for a merged layer.
+    neither a plain nn.Linear nor quantised, RuntimeError for a merged layer, NotImplementedError
+    for sharded parameters.
     """
     whole, model = model, _unwrapped(model)
     names = _names(model)
@@ -242,6 +248,7 @@ def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
         )
     for name, weights in adapter.layers.items():
         layer = layers[name]
+        check_whole(f"{dir}", name, layer)
         if type(layer) not in KINDS:
             raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
         if isinstance(layer, LoRALinear) and layer.merged:

@@ -20,6 +20,7 @@ from fused_lora.nn.checks import (
     check_probability,
     check_rank,
 )
+from fused_lora.nn.sharded import check_whole
 from fused_lora.ops import validation as check
 from fused_lora.ops.lora_linear import lora_linear
 
@@ -77,6 +78,7 @@ def leaving_wide(fn: Callable[[Tensor], Tensor], gate: Parameter) -> Callable[[T
 def check_swap(layer, lora_a, lora_b, scale, gate) -> None:
     """Raise for the first argument of layer.swap that is wrong."""
     op = type(layer).__name__ + ".swap"
+    check_whole(op, "", layer)
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
         check.check_tensor(op, name, t)
     check.check_shape(op, "lora_a", lora_a, (None, layer.in_features), "[R, K]")
@@ -299,9 +301,11 @@ class LoRALinear(torch.nn.Linear):
         says so: a merged layer loads no state_dict, and no LoRALinear loads that of a merged one,
         where the adapter would count twice.
 
-        Raises RuntimeError where it is merged already, ValueError for another keep_base.
+        Raises RuntimeError where it is merged already, ValueError for another keep_base,
+        NotImplementedError where the parameters are sharded (FSDP2, tensor parallel).
         """
         check_choice("keep_base", keep_base, KEEP_BASE)
+        check_whole("merge", "", self)
         if self.merged:
             raise RuntimeError("the adapter is merged already; call unmerge() first")
         base = None
@@ -317,10 +321,12 @@ class LoRALinear(torch.nn.Linear):
     def unmerge(self) -> None:
         """Give W0 back, in place: bit for bit where it was kept, else within what merge() states.
 
-        Raises RuntimeError where the adapter is not merged.
+        Raises RuntimeError where the adapter is not merged, NotImplementedError where the
+        parameters are sharded.
         """
         if not self.merged:
             raise RuntimeError("the adapter is not merged; there is nothing to undo")
+        check_whole("unmerge", "", self)
         if self._base is None:
             _merge_into(self.weight, self.weight, [self._product(-1)])
         else:
@@ -351,7 +357,8 @@ class LoRALinear(torch.nn.Linear):
         gate: [R'], for SoRALinear, where None stands for ones.
 
         The tensors may be on any device and are cast to the dtype of the adapter. Raises TypeError
-        and ValueError before anything is written.
+        and ValueError before anything is written, and NotImplementedError where the parameters are
+        sharded.
         """
         check_swap(self, lora_a, lora_b, scale, gate)
         R = lora_a.shape[0]

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
+from fused_lora.ops.lora_linear import shaped
 from fused_lora.ops.routing import reads_ids
 
 OP = "dept_embedding"
@@ -82,7 +83,7 @@ def _forward(ids, weight, prompt, lora_a, lora_b, positions, scale, backend):
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     rows, at = _rows(ids, positions)
     y = forward(rows, weight, prompt, a, b, at, scale)
-    return y.view(*ids.shape[:-1], *y.shape[1:])
+    return shaped(y, *ids.shape[:-1], *y.shape[1:])
 
 
 def _backward(dy, ids, weight, prompt, lora_a, lora_b, positions, scale, needs, backend):

@@ -23,6 +23,7 @@ from fused_lora.ops.lora_linear import (
     _scaled_mm,
     drawn,
     scaled_gate,
+    shaped,
 )
 
 # Contract. h is empty where save_h is false. The backward is lora_linear_group_backward.
@@ -44,7 +45,7 @@ def _forward(base_out, x, lora_a, lora_b, gate, seed, scale, dropout_p, save_h, 
     a, b = _adapters(lora_a, lora_b, x.dtype)
     args = _rows(base_out), _rows(x), a, b, gate, seed, scale, dropout_p, save_h
     y, h = forward_torch(*args) if backend == "torch" else forward_kernels(backend, *args)
-    return y.view(base_out.shape), h
+    return shaped(y, *base_out.shape), h
 
 
 def forward_torch(base_out, x, a, b, gate, seed, scale, dropout_p, save_h):

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 from fused_lora.ops.dept_embedding import check_bounds, check_ids, check_table, without_autocast
+from fused_lora.ops.lora_linear import shaped
 
 OP = "lora_embedding"
 REFUSALS = {
@@ -50,7 +51,7 @@ def _forward(ids, weight, lora_a, lora_b, scale, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
     forward = forward_torch if backend == "torch" else forward_triton
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
-    return forward(ids.flatten(), weight, a, b, scale).view(*ids.shape, weight.shape[1])
+    return shaped(forward(ids.flatten(), weight, a, b, scale), *ids.shape, weight.shape[1])
 
 
 def _backward(dy, ids, weight, lora_a, lora_b, scale, needs, backend):

@@ -30,23 +30,28 @@ REFUSALS = {
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-    "Tensor? gate, Tensor? seed, float scale, float dropout_p, bool save_h, str backend) "
-    "-> (Tensor y, Tensor h)"
+    "Tensor? gate, Tensor? seed, float scale, float dropout_p, bool save_h, str backend, "
+    "int[]? dropout_columns=None) -> (Tensor y, Tensor h)"
 )
 _library.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
     "Tensor? gate, Tensor h, Tensor? seed, float scale, float dropout_p, bool[6] needs, "
-    "str backend) -> (Tensor dx, Tensor dw, Tensor da, Tensor db, Tensor dbias, Tensor dgate)"
+    "str backend, int[]? dropout_columns=None) "
+    "-> (Tensor dx, Tensor dw, Tensor da, Tensor db, Tensor dbias, Tensor dgate)"
 )
 
 
-def _fake(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
+def _fake(
+    x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend, columns=None
+):
     M = math.prod(x.shape[:-1])
     h = x.new_empty(M, lora_a.shape[0]) if save_h else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), h
 
 
-def _fake_backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
+def _fake_backward(
+    dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend, columns=None
+):
     bias = x.new_empty(weight.shape[0])
     return tuple(
         t.new_empty(t.shape) if need else x.new_empty(0)
@@ -59,6 +64,12 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def shaped(y: Tensor, *shape: int) -> Tensor:
+    """The rows y [M, C] as [..., C]. In place of a view, which torch lets nobody change that has it
+    from a custom function, as F.relu_ and += do."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def _adapters(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """fp32 masters as the products take them."""
     if lora_a.dtype == lora_b.dtype == dtype:
@@ -66,17 +77,21 @@ def _adapters(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return lora_a.to(dtype), lora_b.to(dtype)
 
 
-def _forward(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend):
+def _forward(
+    x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend, columns=None
+):
     dispatch.require("lora_linear", backend, REFUSALS, x)
     a, b = _adapters(lora_a, lora_b, x.dtype)
     forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
-    y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h)
+    y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h, columns)
     if x.ndim != 2:
-        y = y.view(*x.shape[:-1], weight.shape[0])
+        y = shaped(y, *x.shape[:-1], weight.shape[0])
     return y, h
 
 
-def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend):
+def _backward(
+    dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend, columns=None
+):
     dispatch.require("lora_linear", backend, REFUSALS, x)
     a, b = _adapters(lora_a, lora_b, x.dtype)
     backward = (
@@ -87,7 +102,7 @@ def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, ne
     skinny = need_dx, need_da, need_db, need_dgate
     dy, rows = _rows(dy), _rows(x)
     dx, da, db, dgate = backward(
-        dy, rows, weight, a, b, gate, h, seed, scale, dropout_p, skinny, dtypes
+        dy, rows, weight, a, b, gate, h, seed, scale, dropout_p, skinny, dtypes, columns
     )
     # Each is one plain product or sum that the vendor's library makes best, and LoRA itself asks
     # for neither.
@@ -100,11 +115,11 @@ def _backward(dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, ne
     return dx, dw, da, db, dbias, dgate
 
 
-def _masked(x, seed, dropout_p):
+def _masked(x, seed, dropout_p, columns=None):
     """(x with the dropped elements at zero, the mask, 1 / (1 - p)); without a seed x itself."""
     if seed is None:
         return x, None, 1.0
-    keep = reference.dropout_mask(seed, *x.shape, dropout_p)
+    keep = reference.dropout_mask(seed, *x.shape, dropout_p, columns)
     return torch.where(keep, x, 0), keep, reference.dropout_scale(dropout_p)
 
 
@@ -120,15 +135,17 @@ def _gated(t: Tensor, gate: Tensor | None) -> Tensor:
     return t if gate is None else (t * gate).to(t.dtype)
 
 
-def forward_torch(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+def forward_torch(x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h, columns=None):
     y = F.linear(x, weight, bias)  # first: it hides the time that x takes to come into the caches
-    x_kept, _, keep_scale = _masked(x, seed, dropout_p)
+    x_kept, _, keep_scale = _masked(x, seed, dropout_p, columns)
     h = _scaled_mm(keep_scale, x_kept, a.t())
     y.addmm_(_gated(h, gate), b.t(), alpha=scale)
     return y, h if save_h else None
 
 
-def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes):
+def backward_torch(
+    dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes, columns=None
+):
     need_dx, need_da, need_db, need_dgate = needs
     dx = da = db = dgate = None
     if need_dx and seed is None:
@@ -136,7 +153,7 @@ def backward_torch(dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, 
     if need_dx or need_da:
         dh = _gated(_scaled_mm(scale, dy, b), gate)
         x_kept, keep, keep_scale = (
-            _masked(x, seed, dropout_p) if need_da or seed is not None else (x, None, 1.0)
+            _masked(x, seed, dropout_p, columns) if need_da or seed is not None else (x, None, 1.0)
         )
     if need_db or need_dgate:
         p = _scaled_mm(scale, dy.t(), h)  # [N, R]
@@ -162,12 +179,16 @@ def _dropout_args(seed, dropout_p):
     return seed, reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 
-def forward_kernels(backend, x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h):
+def forward_kernels(
+    backend, x, weight, a, b, bias, gate, seed, scale, dropout_p, save_h, columns=None
+):
     kernels = dispatch.kernels(backend)
     if backend == "cuda" and seed is None and not save_h and kernels.decodes(len(x), x.dtype):
         return kernels.decode(x, weight, a, b, bias, scale=scale, gate=gate), None
     drop = _dropout_args(seed, dropout_p)
-    t, h = kernels.shrink(x, a, scale=scale, gate=gate, dropout=drop, save_h=save_h)
+    t, h = kernels.shrink(
+        x, a, scale=scale, gate=gate, dropout=drop, columns=columns, save_h=save_h
+    )
     # Nothing of the base product is made by shrink: it may be read while shrink still runs.
     return kernels.segment_gemm([(x, weight), (t, b)], bias=bias, early=1), h
 
@@ -185,7 +206,7 @@ def _reduce_dy(kernels, dy, b, h, gate, scale, need_dh, need_db, need_dgate, db_
     return dh, None, None
 
 
-def _reduce_x(kernels, x, dh, drop, need_da, need_dx, da_dtype):
+def _reduce_x(kernels, x, dh, drop, need_da, need_dx, da_dtype, columns=None):
     """(dA or None, the mask as bits for dx or None): one pass makes both."""
     bits = None
     if need_da:
@@ -193,15 +214,19 @@ def _reduce_x(kernels, x, dh, drop, need_da, need_dx, da_dtype):
             bits = torch.empty(
                 x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8, device=x.device
             )
-        return kernels.row_reduce_x(x, dh, dropout=drop, bits=bits, da_dtype=da_dtype), bits
+        da = kernels.row_reduce_x(
+            x, dh, dropout=drop, columns=columns, bits=bits, da_dtype=da_dtype
+        )
+        return da, bits
     if drop and need_dx:
-        bits = kernels.dropout_bits(drop[0], *x.shape, drop[1])
+        bits = kernels.dropout_bits(drop[0], *x.shape, drop[1], columns)
     return None, bits
 
 
 def backward_kernels(
-    backend, dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes
-):
+    backend, dy, x, weight, a, b, gate, h, seed, scale, dropout_p, needs, adapter_dtypes,
+    columns=None,
+):  # fmt: skip
     kernels = dispatch.kernels(backend)
     need_dx, need_da, need_db, need_dgate = needs
     dx = None
@@ -209,7 +234,7 @@ def backward_kernels(
     dh, db, dgate = _reduce_dy(
         kernels, dy, b, h, gate, scale, need_dx or need_da, need_db, need_dgate, adapter_dtypes[1]
     )
-    da, bits = _reduce_x(kernels, x, dh, drop, need_da, need_dx, adapter_dtypes[0])
+    da, bits = _reduce_x(kernels, x, dh, drop, need_da, need_dx, adapter_dtypes[0], columns)
     if need_dx:
         base, lora = (dy, weight.t()), (dh, a.t())
         if drop:
@@ -242,14 +267,16 @@ class LoRALinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, backend):
+    def forward(
+        ctx, x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, columns, backend
+    ):
         save_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         forward = torch.ops.fused_lora.lora_linear if dispatch.watched(x) else _forward
         y, h = forward(
-            x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend
+            x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend, columns
         )
         ctx.save_for_backward(x, weight, lora_a, lora_b, gate, h, seed)
-        ctx.scale, ctx.dropout_p, ctx.backend = scale, dropout_p, backend
+        ctx.scale, ctx.dropout_p, ctx.columns, ctx.backend = scale, dropout_p, columns, backend
         return y
 
     @staticmethod
@@ -260,13 +287,13 @@ class LoRALinearFunction(torch.autograd.Function):
         backward = torch.ops.fused_lora.lora_linear_backward if dispatch.watched(x) else _backward
         grads = backward(
             dy, x, weight, lora_a, lora_b, gate, h, seed, ctx.scale, ctx.dropout_p, needs,
-            ctx.backend,
+            ctx.backend, ctx.columns,
         )  # fmt: skip
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return *wanted, None, None, None, None
+        return *wanted, None, None, None, None, None
 
 
-def _usual(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed) -> bool:
+def _usual(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed, columns=None) -> bool:
     """True only where every check of _prepare passes and autocast has nothing to do.
 
     Most calls are such, and small ones last no longer than their checks: one look, no messages.
@@ -287,15 +314,17 @@ def _usual(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed) -> boo
         and (bias is None or bias.device == device)
         and (gate is None or gate.device == device)
         and (type(scale) is float and -check.LARGEST <= scale <= check.LARGEST)
-        and (type(dropout_p) is float and 0.0 <= dropout_p <= 1.0 and seed is None)
+        and (type(dropout_p) is float and 0.0 <= dropout_p <= 1.0)
+        and (seed is None and columns is None)
         and (dtype in check.DTYPES and not check.autocasting(x))
     )
 
 
-def _check(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed):
+def _check(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed, columns):
     """Raise for the first argument that is wrong; return the tensors as autocast has them."""
     op = "lora_linear"
     x = check.checked_input(op, x, dropout_p, seed)
+    check.check_columns(op, columns, x.shape[-1])
     weight, bias = check.checked_base(op, x, weight, bias)
     lora_a, lora_b = check.checked_adapter(op, x, weight.shape[0], lora_a, lora_b, gate, scale)
     return x, weight, lora_a, lora_b, bias
@@ -334,21 +363,24 @@ def _prepare(
     dropout_p=0.0,
     training=True,
     seed=None,
+    dropout_columns=None,
 ):
     """The op's arguments, checked, after autocast."""
     tensors = x, weight, lora_a, lora_b, bias
-    if not _usual(*tensors, gate, scale, dropout_p, seed):
-        x, weight, lora_a, lora_b, bias = _check(*tensors, gate, scale, dropout_p, seed)
+    others = gate, scale, dropout_p, seed, dropout_columns
+    if not _usual(*tensors, *others):
+        x, weight, lora_a, lora_b, bias = _check(*tensors, *others)
     scale, gate = scaled_gate(scale, gate, lora_a)
     seed, dropout_p = drawn(x, dropout_p, training, seed)
-    return x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p
+    return x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, dropout_columns
 
 
 def _run(args, backend: str) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
         return LoRALinearFunction.apply(*args, backend)
     forward: Callable = torch.ops.fused_lora.lora_linear if dispatch.watched(args[0]) else _forward
-    return forward(*args, False, backend)[0]
+    *args, columns = args
+    return forward(*args, False, backend, columns)[0]
 
 
 def lora_linear(
@@ -363,6 +395,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: int | Tensor | None = None,
+    dropout_columns: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = x W0^T + b + scale * ((drop(x) A^T) * g) B^T.
@@ -381,7 +414,9 @@ def lora_linear(
     dropout_p acts on the input of A alone, in training; its mask is a function of the seed and the
     position (Philox4x32-7), recomputed in the backward and the same in every backend. seed: an int
     or an int64 tensor of one element on x's device; None draws one from torch's generator. p = 1
-    gives the base layer.
+    gives the base layer. dropout_columns = (first, total): x is columns first .. first + K of an
+    input of `total`, and takes that input's mask there, so that row shards of a tensor parallel
+    layer, with one seed, drop what the whole layer would; first is a multiple of 8.
 
     backend: "cuda", "triton" or "torch" runs there or raises; None takes the best that is proved
     (see fused_lora.why).
@@ -390,13 +425,13 @@ def lora_linear(
     Saved for them are x, the adapters, h [M, R] and the seed.
 
     Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, dropout_p,
-    seed, backend), NotImplementedError (tensor subclass, sparse layout, forward-mode AD),
-    RuntimeError (a backend that was asked for and cannot run, with the reason).
+    seed, dropout_columns, backend), NotImplementedError (tensor subclass, sparse layout,
+    forward-mode AD), RuntimeError (a backend that was asked for and cannot run, with the reason).
     """
     backend = dispatch.choose(backend)
     args = _prepare(
         x, weight, lora_a, lora_b, bias, scale=scale, gate=gate, dropout_p=dropout_p,
-        training=training, seed=seed,
+        training=training, seed=seed, dropout_columns=dropout_columns,
     )  # fmt: skip
     if not check.autocasting(args[0]):
         return _run(args, backend)

@@ -34,6 +34,7 @@ from fused_lora.ops.lora_linear import (
     _usual,
     drawn,
     scaled_gate,
+    shaped,
 )
 
 # Contract. The lists have an entry for each projection; None stands for what it does not have. h is
@@ -123,7 +124,7 @@ def _forward(x, weights, lora_as, lora_bs, biases, gates, seed, scales, dropout_
     args = _rows(x), weights, biases, adapters, seed, dropout_p, save_h
     ys, h = forward_torch(*args) if backend == "torch" else forward_kernels(backend, *args)
     if x.ndim != 2:
-        ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+        ys = [shaped(y, *x.shape[:-1], y.shape[1]) for y in ys]
     return ys, h
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fused_lora import reference
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
-from fused_lora.ops.lora_linear import _dropout_args, _masked, _rows, _scaled_mm
+from fused_lora.ops.lora_linear import _dropout_args, _masked, _rows, _scaled_mm, shaped
 from fused_lora.ops.routing import AdapterRouting
 
 REFUSALS = {
@@ -97,7 +97,7 @@ def _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend):
     forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
     slots = _cast(slots, x.dtype)
     y, h = forward(_rows(x), weight, slots, route, bias, seed, dropout_p, save_h)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    return shaped(y, *x.shape[:-1], weight.shape[0]), h
 
 
 def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):

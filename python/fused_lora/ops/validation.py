@@ -114,6 +114,26 @@ def check_seed(op: str, seed, x: Tensor) -> None:
             raise ValueError(f"{op}: seed must fit in int64, got {seed}")
 
 
+def check_columns(op: str, columns, K: int) -> None:
+    """None, or (first, total): columns first .. first + K of `total`, first a multiple of 8."""
+    if columns is None:
+        return
+    whole = isinstance(columns, (tuple, list)) and len(columns) == 2
+    if not whole or any(isinstance(n, bool) or not isinstance(n, int) for n in columns):
+        raise TypeError(f"{op}: dropout_columns must be two ints (first, total), got {columns!r}")
+    first, total = columns
+    if first < 0 or first % 8:
+        raise ValueError(
+            f"{op}: dropout_columns begins at {first}; a multiple of 8 is wanted, as one call of "
+            f"the generator serves 8 columns"
+        )
+    if first + K > total:
+        raise ValueError(
+            f"{op}: dropout_columns is {tuple(columns)}, but x has {K} columns, which end at "
+            f"{first + K}"
+        )
+
+
 def check_same_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.checks import check_choice, check_number
+from fused_lora.nn.sharded import check_whole
 
 PENALTIES = ("squared", "unsquared")
 
@@ -18,6 +19,8 @@ def _layers(model: torch.nn.Module) -> dict[str, AdaLoRALinear]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaLoRALinear)}
     if not layers:
         raise ValueError("model has no AdaLoRALinear; inject with LoRAConfig(adalora=True) first")
+    for name, layer in layers.items():
+        check_whole("AdaLoRA", name, layer)
     return layers
 
 
@@ -122,7 +125,8 @@ class RankAllocator:
 
     Attributes: step_count, the t above; names, the layers'; ranks, theirs at the start.
 
-    Raises TypeError and ValueError that name the argument.
+    Raises TypeError and ValueError that name the argument, NotImplementedError where parameters are
+    sharded (FSDP2, tensor parallel): importance is a sum over all of P and Q.
     """
 
     def __init__(
@@ -392,7 +396,7 @@ def orthogonality_penalty(model: torch.nn.Module, kind: str = "squared") -> Tens
         of the other: PEFT's default is 0.5 of "unsquared".
 
     Returns a 0-d tensor, made in fp32 (fp64 for fp64) under autocast too. Raises TypeError and
-    ValueError that name the argument.
+    ValueError that name the argument, NotImplementedError where parameters are sharded.
     """
     check_choice("kind", kind, PENALTIES)
     layers = _layers(model).values()

@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from fused_lora.nn.adapter import ADAPTED
+from fused_lora.nn.sharded import whole
 
 # How models name their projections: by the ends of module names, the longest that fits counts.
 _NAMES = {
@@ -48,12 +49,13 @@ def named_gates(model: torch.nn.Module) -> dict[str, Parameter]:
 
 
 def gate_counts(model: torch.nn.Module) -> dict[str, int]:
-    """{name of the layer: gates that are not zero}. It waits for the device once, for all gates."""
+    """{name of the layer: gates that are not zero}. It waits for the device once, for all gates;
+    sharded ones are put together, so that every process calls this."""
     gates = named_gates(model)
     if not gates:
         return {}
     home = next(iter(gates.values())).device
-    counts = torch.stack([torch.count_nonzero(g.detach()).to(home) for g in gates.values()])
+    counts = torch.stack([torch.count_nonzero(whole(g.detach())).to(home) for g in gates.values()])
     return dict(zip(gates, counts.tolist(), strict=True))
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fused_lora.nn.checks import check_choice, check_number
+from fused_lora.nn.sharded import is_sharded, local_part, whole
 from fused_lora.ops.dispatch import check_backend
 from fused_lora.ops.soft_threshold import check_xi, soft_threshold_
 
-# What steps the gates before the threshold. Each is one multi-tensor operation for a group.
+# What steps the gates before the threshold: multi-tensor operations for a group.
 GATE_STEPS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -28,12 +29,14 @@ def gate_l1(gates: Iterable[Tensor]) -> Tensor:
     at g = 0, so that this term alone makes gates small but holds none at zero. Nothing is read on
     the host.
 
-    gates: tensors of any shapes; the result is a 0-d tensor on the device of the first.
+    gates: tensors of any shapes; the result is a 0-d tensor on the device of the first. Sharded
+        gates are put together, so that every process calls this and gets the same term.
 
     Raises TypeError for one tensor in place of a sequence, ValueError for an empty one.
     """
     gates = _listed(gates)
-    return torch.cat([g.flatten().to(gates[0].device) for g in gates]).abs().mean()
+    flat = [whole(g).flatten() for g in gates]
+    return torch.cat([g.to(flat[0].device) for g in flat]).abs().mean()
 
 
 def _listed(gates: Iterable) -> list:
@@ -90,6 +93,8 @@ class SoRA(torch.optim.Optimizer):
     torch's optimizers: neither step nor threshold. No step waits for the device, and an infinite or
     NaN gate stays one. A CUDA graph can capture "sgd"; "adam" refuses, as torch's does by default.
     state_dict() is in torch's form, the gates' groups last.
+
+    Gates that fully_shard or tensor parallel has sharded are stepped in parts, each where it is.
 
     Raises TypeError and ValueError where an argument is not as above, where there is no gate, or
     where a gate is also in `optimizer`; step() too, before it changes anything, where lr, sparsity
@@ -184,9 +189,11 @@ class SoRA(torch.optim.Optimizer):
         if len({id(gate) for gate in params}) < len(params):
             raise ValueError("gates holds the same tensor twice; pass each gate once")
         group["params"] = params
+        # torch's multi-tensor operations take no mixture of whole and sharded tensors.
+        group["foreach"] = len({is_sharded(gate) for gate in params}) <= 1
         if self.gate_optimizer is None:
             make = GATE_STEPS[self.gate_step]
-            self.gate_optimizer = make([group], lr=group["lr"], foreach=True)
+            self.gate_optimizer = make([group], lr=group["lr"])
         else:
             self.gate_optimizer.add_param_group(group)
 
@@ -233,7 +240,7 @@ class SoRA(torch.optim.Optimizer):
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self.gate_optimizer.step()
         for group, xi in zip(self.gate_groups, thresholds, strict=True):
-            gates = [g for g in group["params"] if g.grad is not None]
+            gates = [local_part(g) for g in group["params"] if g.grad is not None]
             if gates:
                 soft_threshold_(
                     gates, xi, official_compat=self.official_compat, backend=self.backend
