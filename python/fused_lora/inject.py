@@ -23,7 +23,9 @@ from fused_lora.nn.checks import (
     check_probability,
     check_rank,
     is_quantised,
+    keeps_its_product,
     kind_of,
+    placement,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
 
@@ -248,6 +250,11 @@ def inject(
     matches unless any is excluded, and put at all of them. Then only adapters, and what config.bias
     and config.modules_to_save name, require a gradient.
 
+    A layer that accelerate's device_map has placed keeps its place, and one that it offloads to the
+    CPU or the disk gets a LoRAAdapter around it. Where a model of transformers has gradient
+    checkpointing on, its enable_input_require_grads() is called: a reentrant checkpoint gives no
+    gradient to what is in it unless its input requires one, and inputs of a frozen model do not.
+
     adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters;
         around a quantised layer see LoRAAdapter.
 
@@ -275,15 +282,16 @@ def inject(
     names = _names(model)
     targets = targets_of(model, config)
     for name, module in targets.items():
-        if is_quantised(module):
+        if keeps_its_product(module):
             check_adapter_dtype(adapter_dtype)
             if config.adalora:
+                what = "quantised" if is_quantised(module) else "offloaded"
                 raise TypeError(
-                    f"target module {name!r} is a {kind_of(module)}, quantised; adalora is for "
-                    f"plain torch.nn.Linear"
+                    f"target module {name!r} is a {kind_of(module)}, {what}; adalora is for plain "
+                    f"torch.nn.Linear"
                 )
             continue
-        check_linear(f"target module {name!r}", module)
+        check_linear(f"target module {name!r}", module, placed=True)
         if adapter_dtype not in (None, torch.float32, module.weight.dtype):
             raise TypeError(
                 f"adapter_dtype must be None, torch.float32 or the weight's dtype, got "
@@ -312,11 +320,23 @@ def inject(
         for layer in model.modules():
             if isinstance(layer, ADAPTED) and layer.bias is not None:
                 layer.bias.requires_grad_(True)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()  # type: ignore[operator]
     model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
 
 
 def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:
+    """The adapted form of a layer; the hook of accelerate that it has goes over to it."""
+    if (hook := placement(linear)) is None or keeps_its_product(linear):
+        return _with_adapter(linear, name, config, adapter_dtype)
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(linear)
+    return add_hook_to_module(_with_adapter(linear, name, config, adapter_dtype), hook)
+
+
+def _with_adapter(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:
     rank_key = _pattern_key(config.rank_pattern, name)
     alpha_key = _pattern_key(config.alpha_pattern, name)
     args = {
@@ -327,7 +347,7 @@ def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear
         "init": config.init_lora_weights,
         "adapter_dtype": adapter_dtype,
     }
-    if is_quantised(linear):
+    if keeps_its_product(linear):
         return LoRAAdapter(linear, gate=config.gate, gate_init=config.gate_init, **args)
     if config.adalora:
         return AdaLoRALinear.from_linear(linear, scaling=config.adalora_scaling, **args)
@@ -344,11 +364,18 @@ def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
             raise NotImplementedError(why_unmergeable(repr(name), module))
     if not layers:
         raise ValueError("model has no LoRALinear; inject adapters first")
+    for name, layer in layers.items():
+        layer.check_values(repr(name))
     wrong = [repr(name) for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
         state = "are not merged" if merged else "are merged already"
         raise RuntimeError(f"{len(wrong)} of {len(layers)} layers {state}: {', '.join(wrong[:5])}")
     return list(layers.values())
+
+
+def _memory(t: torch.Tensor) -> int:
+    """The same for two Parameters whose values are at one place."""
+    return (t.data_ptr() if type(t) is torch.nn.Parameter else 0) or id(t)
 
 
 def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
@@ -357,16 +384,16 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter, whose
     weight is its base's own; ValueError where there is no LoRALinear, for another keep_base, or
     where a weight to merge belongs to another module too, which merging would change; RuntimeError
-    where a layer is merged already.
+    where a layer is merged already, or has its weight on the meta device.
     """
     check_choice("keep_base", keep_base, KEEP_BASE)
     layers = _adapted_layers(model, merged=False)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(name, recurse=False):
-            owners.setdefault(id(parameter), []).append(own)
+            owners.setdefault(_memory(parameter), []).append(own)
     for layer in layers:
-        if len(shared := owners[id(layer.weight)]) > 1:
+        if len(shared := owners[_memory(layer.weight)]) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} are one tied weight, and merging would change all of "
                 f"them; untie them first"
@@ -379,7 +406,7 @@ def unmerge(model: torch.nn.Module) -> None:
     """LoRALinear.unmerge of every adapted layer of model.
 
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter, ValueError
-    where there is no LoRALinear, RuntimeError where a layer is not merged.
+    where there is no LoRALinear, RuntimeError where a layer is not merged or is on the meta device.
     """
     for layer in _adapted_layers(model, merged=True):
         layer.unmerge()
