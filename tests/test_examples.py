@@ -11,7 +11,7 @@ import pytest
 for package in ("transformers", "accelerate"):
     pytest.importorskip(package)
 EXAMPLES = Path(__file__).parents[1] / "examples"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(*arguments):

@@ -940,6 +940,12 @@ FAULTS = {
         "",
         LLAMA.format("adapters_of_a_model_that_is_offloaded[False]"),
     ),
+    "the bias of an offloaded layer is trained": Fault(
+        INJECT,
+        'trained = "bias" if getattr(module, "bias", None) is not None else trained',
+        "pass",
+        LLAMA.format("what_is_offloaded_can_not_be_trained_itself"),
+    ),
     "merging into the meta device": Fault(
         "nn/linear.py",
         "if self.weight.is_meta or self.lora_a.is_meta:",

@@ -306,6 +306,18 @@ def test_a_model_that_is_offloaded_after_it_has_adapters(tmp_path):
         fl.save_adapter(model, tmp_path / "other")
 
 
+def test_what_is_offloaded_can_not_be_trained_itself(tmp_path):
+    """Its gradient would go with it: refused before anything is changed."""
+    model = tiny_llama(attention_bias=True)
+    dispatched(model, tmp_path)
+    for options in ({"modules_to_save": ["mlp"]}, {"bias": "all"}, {"bias": "lora_only"}):
+        with pytest.raises(
+            TypeError, match=r"would train a part of 'model\.layers\.1\..*offloaded"
+        ):
+            injected(model, target_modules=["q_proj"], **options)
+    injected(model, target_modules=["q_proj"], modules_to_save=["layers.0.mlp"])
+
+
 def test_other_hooks_are_still_refused():
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: None)
@@ -358,6 +370,7 @@ def alive() -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", [*KINDS, "many adapters"])
 def test_a_thousand_steps_leave_nothing_behind(kind):
     """Each step saves 30 KB for its backward, and more: kept by whomever, that were 30 MB."""

@@ -22,6 +22,7 @@ from fused_lora.nn.checks import (
     check_number,
     check_probability,
     check_rank,
+    is_offloaded,
     is_quantised,
     keeps_its_product,
     kind_of,
@@ -262,8 +263,9 @@ def inject(
     this.
 
     Nothing is changed where one of these is raised: TypeError for a model or config of another
-    kind, for a model that is itself the layer (use LoRALinear.from_linear), and for a matching
-    module that is none of these, by name; ValueError where no module matches, with the nearest
+    kind, for a model that is itself the layer (use LoRALinear.from_linear), for a matching module
+    that is none of these, by name, and for what bias or modules_to_save would train of an offloaded
+    layer; ValueError where no module matches, with the nearest
     names; RuntimeError where the model has adapters already. A name or pattern that meets
     nothing beside others that do is a warning.
     """
@@ -302,6 +304,9 @@ def inject(
             raise ValueError(
                 f"modules_to_save: {entry!r} matches no module; nearest: {nearest([entry], names)}"
             )
+    for name, module in names.items():
+        if is_offloaded(module):
+            _check_offloaded(config, name, module, name in targets)
     _warn_unused(config, names, targets)
 
     model.requires_grad_(False)
@@ -324,6 +329,18 @@ def inject(
         model.enable_input_require_grads()  # type: ignore[operator]
     model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
+
+
+def _check_offloaded(config: LoRAConfig, name: str, module: torch.nn.Module, target: bool) -> None:
+    """What comes for a call and goes after it keeps no gradient."""
+    trained = "modules_to_save" if _lies_in(config.modules_to_save or [], name) else None
+    if config.bias == "all" or (target and config.bias == "lora_only"):
+        trained = "bias" if getattr(module, "bias", None) is not None else trained
+    if trained is not None:
+        raise TypeError(
+            f"{trained}={getattr(config, trained)!r} would train a part of {name!r}, which is "
+            f"offloaded; leave it on its device, or leave it frozen"
+        )
 
 
 def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:

@@ -70,12 +70,16 @@ def execution_device(module: torch.nn.Module) -> torch.device | None:
     return None
 
 
-def keeps_its_product(module: torch.nn.Module) -> bool:
-    """Whether an adapter can only go around it: it is quantised, or its weight is on the CPU or the
-    disk and comes for each call (accelerate's offloading)."""
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Whether its parameters are on the CPU or the disk and come for each call (accelerate)."""
     hook = placement(module)
-    offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
-    return is_quantised(module) or (offloaded and type(module) is torch.nn.Linear)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+
+
+def keeps_its_product(module: torch.nn.Module) -> bool:
+    """Whether an adapter can only go around it: a layer that is quantised, or offloaded."""
+    plain = type(module) is torch.nn.Linear
+    return is_quantised(module) or (plain and is_offloaded(module))
 
 
 def check_linear(name: str, linear, *, placed: bool = False) -> None:
