@@ -265,9 +265,8 @@ def inject(
     Nothing is changed where one of these is raised: TypeError for a model or config of another
     kind, for a model that is itself the layer (use LoRALinear.from_linear), for a matching module
     that is none of these, by name, and for what bias or modules_to_save would train of an offloaded
-    layer; ValueError where no module matches, with the nearest
-    names; RuntimeError where the model has adapters already. A name or pattern that meets
-    nothing beside others that do is a warning.
+    layer; ValueError where no module matches, with the nearest names; RuntimeError where the model
+    has adapters already. A name or pattern that meets nothing beside others that do is a warning.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
