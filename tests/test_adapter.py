@@ -184,6 +184,33 @@ def test_a_base_without_a_gradient():
         layer(x)
 
 
+class Biased(Half):
+    """A layer whose product has a backward or not, and whose bias is trained."""
+
+    def __init__(self, through):
+        super().__init__()
+        self.linear, self.through = torch.nn.Linear(K, N), through
+        self.bias = Parameter(torch.zeros(N))
+
+    def forward(self, x):
+        return self.linear(x if self.through else x.detach()).relu() + self.bias
+
+
+def test_a_trained_bias_does_not_hide_that_there_is_no_gradient():
+    leaf = torch.randn(M, K, device=DEVICE, requires_grad=True)
+    for x in (leaf, leaf.tanh(), leaf.view(1, M, K)):
+        for through in (True, False):
+            layer = make(base=Biased(through))
+            layer.bias.requires_grad_()
+            layer(x.detach()).sum().backward()  # of A, B and the bias alone
+            assert layer.bias.grad is not None
+            if through:
+                layer(x).sum().backward(retain_graph=True)
+                continue
+            with pytest.raises(RuntimeError, match="Biased gives none of it"):
+                layer(x)
+
+
 def test_nothing_of_the_size_of_the_weight_is_made():
     """All that forward and backward allocate is less than W0; x, A, B, the gate, h and the seed
     are kept."""

@@ -45,6 +45,8 @@ FILES = "files.py"
 DEPT = "nn/dept.py"
 PRUNE = "optim/prune.py"
 DISTRIBUTED = "integrations/distributed.py"
+INJECT = "inject.py"
+ADAPTER = "nn/adapter.py"
 
 # All six tensors, with dropout and without.
 ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
@@ -57,7 +59,8 @@ MANY = "test_multi_lora_linear.py::test_64_adapters[{}]"
 
 PARTS = "test_lora_linear.py::test_columns_sum_to_the_whole[{}]"
 TENSOR_PARALLEL = "test_distributed.py::test_tensor_parallel[{}]"
-
+TORCH = "test_torch.py::test_{}"
+LLAMA = "test_transformers.py::test_{}"
 ALLOCATION = "test_adalora.py::test_a_hundred_steps_are_those_of_the_loops"
 
 # The name says what is wrong.
@@ -645,7 +648,7 @@ FAULTS = {
     ),
     "adapter: a base without a gradient taken": Fault(
         "nn/adapter.py",
-        "input.requires_grad and not _has_gradient(base_out)",
+        "input.requires_grad and not self._passes_on(base_out, input)",
         "input.requires_grad and not base_out.is_floating_point()",
         "test_adapter.py::test_a_base_without_a_gradient",
     ),
@@ -963,6 +966,73 @@ FAULTS = {
         "kept = gate.nonzero().flatten()",
         "kept = (gate > 0).nonzero().flatten()",
         "test_prune.py::test_what_is_cut_and_folded",
+    ),
+    # torch, transformers and accelerate.
+    "an op that no dispatch mode sees": Fault(
+        "ops/dispatch.py",
+        "        or is_in_torch_dispatch_mode()\n",
+        "",
+        TORCH.format("selective_checkpointing_saves_or_computes_the_op_again[True-lora_add]"),
+    ),
+    "the scale loses its tangent": Fault(
+        CHECKS,
+        "        check_tangent(op, name, scale)\n",
+        "",
+        TORCH.format("no_scale_takes_a_tangent[lora_linear]"),
+    ),
+    "a bank's gate loses its tangent": Fault(
+        MULTI,
+        'for name in ("scale", "gate"):',
+        'for name in ("gate",):',
+        TORCH.format("no_tensor_takes_a_tangent[multi_lora_linear]"),
+    ),
+    "slots that were on meta are not zeroed": Fault(
+        BANK,
+        "                self.a_slots.zero_()\n",
+        "",
+        TORCH.format("a_bank_that_is_built_on_meta_serves_once_it_is_filled"),
+    ),
+    "inputs of reentrant checkpoints require no gradient": Fault(
+        INJECT,
+        'if getattr(model, "is_gradient_checkpointing", False):',
+        "if False:",
+        LLAMA.format("a_reentrant_checkpoint_of_frozen_inputs_is_seen_to"),
+    ),
+    "the hook of a device_map is lost": Fault(
+        INJECT,
+        "return add_hook_to_module(_with_adapter(linear, name, config, adapter_dtype), hook)",
+        "return _with_adapter(linear, name, config, adapter_dtype)",
+        LLAMA.format("adapters_of_a_model_whose_layers_have_a_place"),
+    ),
+    "an adapter where its offloaded base is": Fault(
+        ADAPTER,
+        "execution_device(base_module) or ",
+        "",
+        LLAMA.format("adapters_of_a_model_that_is_offloaded[False]"),
+    ),
+    "the bias of an offloaded layer is trained": Fault(
+        INJECT,
+        'trained = "bias" if getattr(module, "bias", None) is not None else trained',
+        "pass",
+        LLAMA.format("what_is_offloaded_can_not_be_trained_itself"),
+    ),
+    "merging into the meta device": Fault(
+        "nn/linear.py",
+        "if self.weight.is_meta or self.lora_a.is_meta:",
+        "if False:",
+        LLAMA.format("a_model_that_is_offloaded_after_it_has_adapters"),
+    ),
+    "merging into a weight that is tied by its memory": Fault(
+        INJECT,
+        "t.data_ptr() if type(t) is torch.nn.Parameter else 0",
+        "0",
+        LLAMA.format("weights_that_share_memory_are_tied_too"),
+    ),
+    "a bias stands for a gradient of x": Fault(
+        ADAPTER,
+        "    return y is x\n",
+        "    return True\n",
+        "test_adapter.py::test_a_trained_bias_does_not_hide_that_there_is_no_gradient",
     ),
 }
 

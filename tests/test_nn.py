@@ -285,7 +285,7 @@ REFUSED = {
         lambda m: setattr(m, "weight", torch.nn.Parameter(m.weight.detach().to_sparse()))
     ),
     "has hooks": lambda: _with(lambda m: m.register_forward_hook(lambda *args: None)),
-    "has hooks or its own forward": lambda: _with(lambda m: setattr(m, "forward", m.forward)),
+    "has hooks or its own forward": lambda: _with(lambda m: setattr(m, "forward", lambda x: x)),
     "has a parameter 'extra'": lambda: _with(
         lambda m: m.register_parameter("extra", torch.nn.Parameter(torch.ones(1)))
     ),

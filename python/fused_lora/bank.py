@@ -73,17 +73,21 @@ class AdapterBank:
         slots = max_adapters + 1
         self.a_slots = torch.zeros(slots, max_rank, in_features, dtype=dtype, device=device)
         self.bt_slots = torch.zeros(slots, max_rank, out_features, dtype=dtype, device=device)
-        device = self.a_slots.device
-        self.rank = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.scale = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.gate = torch.ones(slots, max_rank, dtype=torch.float32, device=device)
-        self.table = torch.arange(max_adapters, dtype=torch.int32, device=device)
+        self._number_slots()
         self.lock = threading.RLock()
         self._ids: dict[str, int] = {}
         self._places = list(range(max_adapters))  # the table, on the host
         self._spare = max_adapters
         self._free_ids = list(range(max_adapters))
         self._trained: dict[int, tuple[Parameter, Parameter, Parameter]] = {}  # by id
+
+    def _number_slots(self) -> None:
+        """What there is beside the slots, of a bank without adapters."""
+        slots, device = self.max_adapters + 1, self.a_slots.device
+        self.rank = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.scale = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.gate = torch.ones(slots, self.max_rank, dtype=torch.float32, device=device)
+        self.table = torch.arange(self.max_adapters, dtype=torch.int32, device=device)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -234,9 +238,21 @@ class AdapterBank:
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """fn of every tensor, as nn.Module.to has it; scale and gate stay fp32. Trainable adapters
-        keep their Parameters."""
+        keep their Parameters. A bank that comes from the meta device, as to_empty takes it, is an
+        empty one there; RuntimeError where it has adapters, which have no values."""
         with self.lock, torch.no_grad():
-            self.a_slots, self.bt_slots = fn(self.a_slots), fn(self.bt_slots)
+            a_slots = fn(self.a_slots)
+            from_meta = self.a_slots.is_meta and not a_slots.is_meta
+            if from_meta and self._ids:
+                raise RuntimeError(
+                    f"AdapterBank: adapters {self.names} were added on the meta device and have no "
+                    f"values; move the bank first, and add them then"
+                )
+            self.a_slots, self.bt_slots = a_slots, fn(self.bt_slots)
+            if from_meta:
+                self.a_slots.zero_()
+                self.bt_slots.zero_()
+                self._number_slots()
             device = self.a_slots.device
             for name in ("rank", "scale", "gate", "table"):
                 setattr(self, name, getattr(self, name).to(device))

@@ -22,8 +22,11 @@ from fused_lora.nn.checks import (
     check_number,
     check_probability,
     check_rank,
+    is_offloaded,
     is_quantised,
+    keeps_its_product,
     kind_of,
+    placement,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
 from fused_lora.nn.sharded import check_whole
@@ -249,6 +252,11 @@ def inject(
     matches unless any is excluded, and put at all of them. Then only adapters, and what config.bias
     and config.modules_to_save name, require a gradient.
 
+    A layer that accelerate's device_map has placed keeps its place, and one that it offloads to the
+    CPU or the disk gets a LoRAAdapter around it. Where a model of transformers has gradient
+    checkpointing on, its enable_input_require_grads() is called: a reentrant checkpoint gives no
+    gradient to what is in it unless its input requires one, and inputs of a frozen model do not.
+
     adapter_dtype: dtype of A and B; None is each weight's own, torch.float32 keeps fp32 masters;
         around a quantised layer see LoRAAdapter.
 
@@ -256,10 +264,10 @@ def inject(
     this.
 
     Nothing is changed where one of these is raised: TypeError for a model or config of another
-    kind, for a model that is itself the layer (use LoRALinear.from_linear), and for a matching
-    module that is none of these, by name; ValueError where no module matches, with the nearest
-    names; RuntimeError where the model has adapters already. A name or pattern that meets
-    nothing beside others that do is a warning.
+    kind, for a model that is itself the layer (use LoRALinear.from_linear), for a matching module
+    that is none of these, by name, and for what bias or modules_to_save would train of an offloaded
+    layer; ValueError where no module matches, with the nearest names; RuntimeError where the model
+    has adapters already. A name or pattern that meets nothing beside others that do is a warning.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -276,15 +284,16 @@ def inject(
     names = _names(model)
     targets = targets_of(model, config)
     for name, module in targets.items():
-        if is_quantised(module):
+        if keeps_its_product(module):
             check_adapter_dtype(adapter_dtype)
             if config.adalora:
+                what = "quantised" if is_quantised(module) else "offloaded"
                 raise TypeError(
-                    f"target module {name!r} is a {kind_of(module)}, quantised; adalora is for "
-                    f"plain torch.nn.Linear"
+                    f"target module {name!r} is a {kind_of(module)}, {what}; adalora is for plain "
+                    f"torch.nn.Linear"
                 )
             continue
-        check_linear(f"target module {name!r}", module)
+        check_linear(f"target module {name!r}", module, placed=True)
         if adapter_dtype not in (None, torch.float32, module.weight.dtype):
             raise TypeError(
                 f"adapter_dtype must be None, torch.float32 or the weight's dtype, got "
@@ -295,6 +304,9 @@ def inject(
             raise ValueError(
                 f"modules_to_save: {entry!r} matches no module; nearest: {nearest([entry], names)}"
             )
+    for name, module in names.items():
+        if is_offloaded(module):
+            _check_offloaded(config, name, module, name in targets)
     _warn_unused(config, names, targets)
 
     model.requires_grad_(False)
@@ -313,11 +325,35 @@ def inject(
         for layer in model.modules():
             if isinstance(layer, ADAPTED) and layer.bias is not None:
                 layer.bias.requires_grad_(True)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()  # type: ignore[operator]
     model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
 
 
+def _check_offloaded(config: LoRAConfig, name: str, module: torch.nn.Module, target: bool) -> None:
+    """What comes for a call and goes after it keeps no gradient."""
+    trained = "modules_to_save" if _lies_in(config.modules_to_save or [], name) else None
+    if config.bias == "all" or (target and config.bias == "lora_only"):
+        trained = "bias" if getattr(module, "bias", None) is not None else trained
+    if trained is not None:
+        raise TypeError(
+            f"{trained}={getattr(config, trained)!r} would train a part of {name!r}, which is "
+            f"offloaded; leave it on its device, or leave it frozen"
+        )
+
+
 def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:
+    """The adapted form of a layer; the hook of accelerate that it has goes over to it."""
+    if (hook := placement(linear)) is None or keeps_its_product(linear):
+        return _with_adapter(linear, name, config, adapter_dtype)
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(linear)
+    return add_hook_to_module(_with_adapter(linear, name, config, adapter_dtype), hook)
+
+
+def _with_adapter(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear | LoRAAdapter:
     rank_key = _pattern_key(config.rank_pattern, name)
     alpha_key = _pattern_key(config.alpha_pattern, name)
     args = {
@@ -328,7 +364,7 @@ def _adapted(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRALinear
         "init": config.init_lora_weights,
         "adapter_dtype": adapter_dtype,
     }
-    if is_quantised(linear):
+    if keeps_its_product(linear):
         return LoRAAdapter(linear, gate=config.gate, gate_init=config.gate_init, **args)
     if config.adalora:
         return AdaLoRALinear.from_linear(linear, scaling=config.adalora_scaling, **args)
@@ -347,11 +383,17 @@ def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
         raise ValueError("model has no LoRALinear; inject adapters first")
     for name, layer in layers.items():
         check_whole("unmerge" if merged else "merge", name, layer)
+        layer.check_values(repr(name))
     wrong = [repr(name) for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
         state = "are not merged" if merged else "are merged already"
         raise RuntimeError(f"{len(wrong)} of {len(layers)} layers {state}: {', '.join(wrong[:5])}")
     return list(layers.values())
+
+
+def _memory(t: torch.Tensor) -> int:
+    """The same for two Parameters whose values are at one place."""
+    return (t.data_ptr() if type(t) is torch.nn.Parameter else 0) or id(t)
 
 
 def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
@@ -360,16 +402,17 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter, whose
     weight is its base's own, or where parameters are sharded; ValueError where there is no
     LoRALinear, for another keep_base, or where a weight to merge belongs to another module too,
-    which merging would change; RuntimeError where a layer is merged already.
+    which merging would change; RuntimeError where a layer is merged already, or has its weight on
+    the meta device.
     """
     check_choice("keep_base", keep_base, KEEP_BASE)
     layers = _adapted_layers(model, merged=False)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(name, recurse=False):
-            owners.setdefault(id(parameter), []).append(own)
+            owners.setdefault(_memory(parameter), []).append(own)
     for layer in layers:
-        if len(shared := owners[id(layer.weight)]) > 1:
+        if len(shared := owners[_memory(layer.weight)]) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} are one tied weight, and merging would change all of "
                 f"them; untie them first"
@@ -383,7 +426,7 @@ def unmerge(model: torch.nn.Module) -> None:
 
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter or
     parameters are sharded, ValueError where there is no LoRALinear, RuntimeError where a layer is
-    not merged.
+    not merged or is on the meta device.
     """
     for layer in _adapted_layers(model, merged=True):
         layer.unmerge()

@@ -21,7 +21,7 @@ from fused_lora.files import adapter_files, read_json
 from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype
-from fused_lora.nn.checks import check_linear, is_quantised
+from fused_lora.nn.checks import check_linear, keeps_its_product
 from fused_lora.nn.linear import LoRALinear, SoRALinear
 from fused_lora.nn.sharded import check_whole
 
@@ -126,8 +126,8 @@ def save_adapter(
     class, and dtypes other than fp32, fp16 and bf16; NotImplementedError for sharded parameters
     (FSDP2, tensor parallel: docs/distributed.md puts them together); ValueError where no layer is
     adapted, where some layers have a gate and others none, for a rank above 4096, and for NaN or
-    infinity.
-    A module that is at several places of the model is a warning: PEFT adapts only the first.
+    infinity; RuntimeError for what is on the meta device. A module that is at several places of the
+    model is a warning: PEFT adapts only the first.
     """
     model = _unwrapped(model)
     names = _names(model)
@@ -203,8 +203,8 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     The folder is not trusted: see fused_lora.checkpoint.read_adapter for what is refused. Nothing
     of model is changed where one of these is raised: what read_adapter raises, ValueError for
     layers, shapes or ranks that do not fit, with the nearest names, TypeError for layers that are
-    neither a plain nn.Linear nor quantised, RuntimeError for a merged layer, NotImplementedError
-    for sharded parameters.
+    neither a plain nn.Linear nor quantised, RuntimeError for a layer that is merged, or on the meta
+    device, NotImplementedError for sharded parameters.
     """
     whole, model = model, _unwrapped(model)
     names = _names(model)
@@ -251,6 +251,8 @@ def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
         check_whole(f"{dir}", name, layer)
         if type(layer) not in KINDS:
             raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
+        if isinstance(layer, LoRALinear):
+            layer.check_values(name)
         if isinstance(layer, LoRALinear) and layer.merged:
             raise RuntimeError(f"{name} is merged; call fl.unmerge(model) before loading into it")
         if weights.gate is not None and layer.gate is None:
@@ -308,8 +310,8 @@ def _plan(
                 f"{dir}: the model has no module {name!r}; nearest: {nearest([name], linears)}"
             )
         linear: torch.nn.Linear = names[name]  # type: ignore[assignment]
-        if not is_quantised(linear):
-            check_linear(f"{dir}: {name}", linear)
+        if not keeps_its_product(linear):
+            check_linear(f"{dir}: {name}", linear, placed=True)
         if _lies_in(saved, name) or first.setdefault(id(linear), name) != name:
             other = first.get(id(linear), "one of modules_to_save")
             raise ValueError(f"{dir}: {name} has an adapter, and is {other} too")

@@ -38,6 +38,8 @@ def _check(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(
             f"{name} must be {', '.join(names[:-2])} or {names[-2]} to be saved, got {names[-1]}"
         )
+    if t.is_meta:
+        raise RuntimeError(f"{name} is on the meta device: it is not loaded yet, or offloaded")
     if not bool(t.isfinite().all()):
         raise ValueError(f"{name} has values that are NaN or infinite")
 

@@ -14,6 +14,7 @@ from fused_lora.nn.checks import (
     check_number,
     check_probability,
     check_rank,
+    execution_device,
     kind_of,
 )
 from fused_lora.nn.linear import (
@@ -36,8 +37,9 @@ class LoRAAdapter(torch.nn.Module):
 
     LoRA (arXiv 2106.09685) on a base that makes its own product, as QLoRA does (arXiv 2305.14314);
     with a gate SoRA (arXiv 2311.11696). The base is called as it is, with its hooks; its parameters
-    are frozen and not looked at: nothing of its weight's size is made here. Around a plain
-    nn.Linear, LoRALinear costs less: it adds the adapter within the base product.
+    are frozen and not looked at: nothing of its weight's size is made here. So the base may also be
+    a layer that accelerate offloads to the CPU or the disk: the adapter stays where it is computed.
+    Around a plain nn.Linear, LoRALinear costs less: it adds the adapter within the base product.
 
     Args:
         base_module: maps x [..., K] to [..., N] of x's dtype; kept as `base_layer`, so that the
@@ -54,7 +56,8 @@ class LoRAAdapter(torch.nn.Module):
 
     The gradient of x goes through the base too. Where x requires one and the base gives none
     (torch's dynamically quantised layers have no backward), forward raises RuntimeError: the
-    adapter's part alone would be a wrong gradient.
+    adapter's part alone would be a wrong gradient. A base whose bias is trained is looked through
+    for it in eager mode alone.
 
     merge() is refused: only the base knows how its weight is written.
 
@@ -99,7 +102,7 @@ class LoRAAdapter(torch.nn.Module):
         self.lora_dropout, self.init, self.gate_init = lora_dropout, init, gate_init
         self.scale = lora_scale(lora_alpha, r, use_rslora)
         tensors = itertools.chain(base_module.parameters(), base_module.buffers())
-        device = next((t.device for t in tensors), None)
+        device = execution_device(base_module) or next((t.device for t in tensors), None)
         dtype = adapter_dtype or weight_dtype(base_module)
         self.lora_a = Parameter(torch.empty(r, K, dtype=dtype, device=device))
         self.lora_b = Parameter(torch.empty(N, r, dtype=dtype, device=device))
@@ -116,7 +119,7 @@ class LoRAAdapter(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         base_out = self.base_layer(input)
-        if torch.is_grad_enabled() and input.requires_grad and not _has_gradient(base_out):
+        if torch.is_grad_enabled() and input.requires_grad and not self._passes_on(base_out, input):
             raise RuntimeError(
                 f"the input requires a gradient, and {kind_of(self.base_layer)} gives none of it; "
                 f"the gradient of the adapter alone would be wrong"
@@ -131,6 +134,16 @@ class LoRAAdapter(torch.nn.Module):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _passes_on(self, base_out, x: Tensor) -> bool:
+        """Whether the base's result has a gradient of x. What is no tensor is for lora_add to
+        refuse."""
+        if not isinstance(base_out, Tensor):
+            return True
+        trained = any(p.requires_grad for p in self.base_layer.parameters())
+        if not (base_out.requires_grad and trained) or torch.compiler.is_compiling():
+            return base_out.requires_grad
+        return _comes_from(base_out, x)
 
     @property
     def weight(self) -> Tensor:
@@ -227,6 +240,15 @@ def weight_dtype(base: torch.nn.Module) -> torch.dtype:
     return weight.dtype if known else torch.float32  # type: ignore[union-attr]
 
 
-def _has_gradient(base_out) -> bool:
-    """What is no tensor is for lora_add to refuse."""
-    return not isinstance(base_out, Tensor) or base_out.requires_grad
+def _comes_from(y: Tensor, x: Tensor) -> bool:
+    """Whether a backward of y, which has a graph, comes to x."""
+    seen, open_nodes = set(), [y.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node is x.grad_fn or getattr(node, "variable", None) is x:
+            return True
+        seen.add(node)
+        open_nodes += [before for before, _ in node.next_functions]
+    return y is x

@@ -55,9 +55,40 @@ def is_quantised(module: torch.nn.Module) -> bool:
     )
 
 
-def check_linear(name: str, linear) -> None:
-    """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor."""
-    _check_plain(name, linear, torch.nn.Linear, ("weight", "bias"))
+def placement(module: torch.nn.Module):
+    """The hook by which accelerate keeps a module on the device that device_map has for it, or
+    None."""
+    return vars(module).get("_hf_hook")
+
+
+def execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate's hook has it computed, or None."""
+    hook = placement(module)
+    for one in getattr(hook, "hooks", [hook]):
+        if (device := getattr(one, "execution_device", None)) is not None:
+            return torch.device(device)
+    return None
+
+
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Whether its parameters are on the CPU or the disk and come for each call (accelerate)."""
+    hook = placement(module)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+
+
+def keeps_its_product(module: torch.nn.Module) -> bool:
+    """Whether an adapter can only go around it: a layer that is quantised, or offloaded."""
+    plain = type(module) is torch.nn.Linear
+    return is_quantised(module) or (plain and is_offloaded(module))
+
+
+def check_linear(name: str, linear, *, placed: bool = False) -> None:
+    """`linear` is an nn.Linear and nothing more, and its weight a plain dense floating tensor.
+
+    placed: the hook of accelerate's device_map is no objection.
+    """
+    placed = placed and placement(linear) is not None
+    _check_plain(name, linear, torch.nn.Linear, ("weight", "bias"), placed)
 
 
 def check_embedding(name: str, embedding) -> None:
@@ -69,7 +100,9 @@ def check_embedding(name: str, embedding) -> None:
             raise TypeError(f"{name} has {option}={value}, which an adapted embedding has not")
 
 
-def _check_plain(name: str, module, wanted: type, parameters: Sequence[str]) -> None:
+def _check_plain(
+    name: str, module, wanted: type, parameters: Sequence[str], placed: bool = False
+) -> None:
     kind = type(module)
     if kind is not wanted:
         raise TypeError(
@@ -97,7 +130,9 @@ def _check_plain(name: str, module, wanted: type, parameters: Sequence[str]) -> 
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    if any(hooks) or "forward" in vars(module):
+    # accelerate leaves a module its class's forward as its own where it takes a hook away.
+    forward = getattr(vars(module).get("forward", module.forward), "__func__", None)
+    if any(hooks) or (forward is not kind.forward and not placed):
         raise TypeError(
             f"{name} has hooks or its own forward, which would be lost; remove them first"
         )

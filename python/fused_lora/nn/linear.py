@@ -281,6 +281,14 @@ class LoRALinear(torch.nn.Linear):
             text += f", lora_dropout={self.lora_dropout:g}"
         return text + (", merged" if self.merged else "")
 
+    def check_values(self, name: str = "this layer") -> None:
+        """Raise RuntimeError where there are no values to work on: a change would be lost."""
+        if self.weight.is_meta or self.lora_a.is_meta:
+            raise RuntimeError(
+                f"{name} is on the meta device: it is not loaded yet, or offloaded; merge and swap "
+                f"where its values are, and offload after that"
+            )
+
     def _product(self, sign: int) -> Product:
         return sign * self.scale, self.lora_a, self.lora_b, self.gate
 
@@ -301,11 +309,13 @@ class LoRALinear(torch.nn.Linear):
         says so: a merged layer loads no state_dict, and no LoRALinear loads that of a merged one,
         where the adapter would count twice.
 
-        Raises RuntimeError where it is merged already, ValueError for another keep_base,
-        NotImplementedError where the parameters are sharded (FSDP2, tensor parallel).
+        Raises RuntimeError where it is merged already, or has no values (meta device), ValueError
+        for another keep_base, NotImplementedError where the parameters are sharded (FSDP2, tensor
+        parallel).
         """
         check_choice("keep_base", keep_base, KEEP_BASE)
         check_whole("merge", "", self)
+        self.check_values()
         if self.merged:
             raise RuntimeError("the adapter is merged already; call unmerge() first")
         base = None
@@ -321,9 +331,10 @@ class LoRALinear(torch.nn.Linear):
     def unmerge(self) -> None:
         """Give W0 back, in place: bit for bit where it was kept, else within what merge() states.
 
-        Raises RuntimeError where the adapter is not merged, NotImplementedError where the
-        parameters are sharded.
+        Raises RuntimeError where the adapter is not merged, or has no values (meta device),
+        NotImplementedError where the parameters are sharded.
         """
+        self.check_values()
         if not self.merged:
             raise RuntimeError("the adapter is not merged; there is nothing to undo")
         check_whole("unmerge", "", self)
@@ -357,10 +368,11 @@ class LoRALinear(torch.nn.Linear):
         gate: [R'], for SoRALinear, where None stands for ones.
 
         The tensors may be on any device and are cast to the dtype of the adapter. Raises TypeError
-        and ValueError before anything is written, and NotImplementedError where the parameters are
-        sharded.
+        and ValueError, RuntimeError on the meta device, and NotImplementedError where the
+        parameters are sharded, before anything is written.
         """
         check_swap(self, lora_a, lora_b, scale, gate)
+        self.check_values()
         R = lora_a.shape[0]
         a, b = lora_a.to(self.lora_a), lora_b.to(self.lora_b)
         if self.gate is not None:

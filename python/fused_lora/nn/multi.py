@@ -115,9 +115,8 @@ class MultiLoRALinear(torch.nn.Linear):
         )
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.bank._apply(fn)
-        return self
+        self.bank._apply(fn)  # first: it may refuse
+        return super()._apply(fn, recurse)
 
 
 def _no_routing() -> None:

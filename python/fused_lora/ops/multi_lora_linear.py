@@ -586,6 +586,8 @@ def _slots_of(op: str, bank, x: Tensor, N: int | None) -> Slots:
                 f"{op}: bank.{name} must have dtype {check.names([dtype])}, got "
                 f"{check.names([value.dtype])}"
             )
+    for name in ("scale", "gate"):
+        check.check_tangent(op, f"bank.{name}", getattr(slots, name))
     for name, value in zip((*fields, "table"), slots, strict=True):
         check.check_device(op, f"bank.{name}", value, x)
     for name in ("a_slots", "bt_slots"):

@@ -45,7 +45,11 @@ def check_tensor(op: str, name: str, value, dtypes=DTYPES) -> None:
         )
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must have dtype {names(dtypes)}, got {names([value.dtype])}")
-    # A custom op would give forward-mode AD a silent zero tangent.
+    check_tangent(op, name, value)
+
+
+def check_tangent(op: str, name: str, value: Tensor) -> None:
+    """A custom op would give forward-mode AD a silent zero tangent."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(
             f"{op}: {name} carries a forward-mode tangent; only reverse-mode gradients exist"
@@ -85,6 +89,7 @@ def check_scale(op: str, scale, name: str = "scale") -> None:
                 f"{op}: {name} must be a float or a 0-d floating tensor, got a "
                 f"{names([scale.dtype])} tensor of shape {list(scale.shape)}"
             )
+        check_tangent(op, name, scale)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(scale).__name__}")
     elif not -LARGEST <= scale <= LARGEST:  # math.isfinite, which torch.compile traces as well

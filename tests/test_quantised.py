@@ -1,0 +1,242 @@
+"""Adapters around the layers of bitsandbytes and torchao themselves, on a CPU: what they compute,
+what is kept for their backward, and models of transformers that are quantised as they are loaded.
+"""
+
+import gc
+import logging
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from tiny_llama import tiny_llama
+
+import fused_lora as fl
+from fused_lora.nn import LoRAAdapter, LoRALinear
+from fused_lora.testing import assert_accurate, saved_bytes
+
+M, K, N, R = 17, 128, 64, 4  # blocks of 64 along K
+
+
+class Base(NamedTuple):
+    """A quantised layer, the weight [N, K] that it stands for, and whether x is rounded too."""
+
+    layer: torch.nn.Module
+    weight: torch.Tensor
+    rounds_x: bool = False
+
+
+def bitsandbytes_4bit(linear: torch.nn.Linear, kind: str) -> Base:
+    bnb = pytest.importorskip("bitsandbytes")
+    out_features, in_features = linear.weight.shape
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, compute_dtype=linear.weight.dtype, quant_type=kind
+    )
+    layer.load_state_dict(linear.state_dict())
+    layer.to(DEVICE)
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return Base(layer, weight.to(linear.weight.dtype))
+
+
+def bitsandbytes_8bit(linear: torch.nn.Linear) -> Base:
+    bnb = pytest.importorskip("bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of casts, at every call
+    out_features, in_features = linear.weight.shape
+    layer = bnb.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    layer.to(DEVICE)
+    weight = layer.weight.CB.float() * (layer.weight.SCB / 127)[:, None]
+    return Base(layer, weight.to(linear.weight.dtype), rounds_x=True)
+
+
+def torchao_weight_only(linear: torch.nn.Linear, bits: int) -> Base:
+    torchao = pytest.importorskip("torchao.quantization")
+    if bits == 8:
+        config = torchao.Int8WeightOnlyConfig()
+    else:
+        config = torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=torchao.PerGroup(32)
+        )
+    torchao.quantize_(linear, config)
+    return Base(linear, linear.weight.dequantize())
+
+
+BASES = {
+    "nf4": lambda linear: bitsandbytes_4bit(linear, "nf4"),
+    "fp4": lambda linear: bitsandbytes_4bit(linear, "fp4"),
+    "int8 of bitsandbytes": bitsandbytes_8bit,
+    "int8 of torchao": lambda linear: torchao_weight_only(linear, 8),
+    "int4 of torchao": lambda linear: torchao_weight_only(linear, 4),
+}
+every_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@every_base
+@dtypes
+@pytest.mark.parametrize("gate, p", [(False, 0.0), (True, 0.3)])
+def test_output_and_gradients_are_those_of_the_dequantised_base(make, dtype, gate, p):
+    base, weight, rounds_x = make(torch.nn.Linear(K, N, device=DEVICE, dtype=dtype))
+    options = {"adapter_dtype": torch.float32, "gate": gate, "lora_dropout": p}
+    layer = LoRAAdapter(base, r=R, init=False, **options)
+    x = torch.randn(2, M, K, device=DEVICE, dtype=dtype, requires_grad=True)
+    dy = torch.randn(2, M, N, device=DEVICE, dtype=dtype)
+    trained = [q for q in layer.parameters() if q.requires_grad]
+    assert len(trained) == 2 + gate
+    torch.manual_seed(3)
+    y = layer(x)
+    ours = [y, *torch.autograd.grad(y, [x, *trained], dy)]
+    torch.manual_seed(3)
+    drop = {"dropout_p": p, "seed": fl.reference.draw_seed(x.device) if p else None}
+    # What the rounding of x changes in y is taken as it is; no gradient goes through it.
+    with torch.no_grad():
+        rounding = base(x) - F.linear(x, weight, base.bias) if rounds_x else torch.zeros_like(dy)
+
+    def plain(x, weight, bias, rounding, a, b, *rest):
+        *g, dy = rest
+        out = F.linear(x, weight, bias) + rounding
+        g = g[0] if g else None
+        y = fl.reference.lora_add(out, x, a, b, scale=layer.scale, gate=g, **drop)
+        return [y, *torch.autograd.grad(y, [x, a, b, *([] if g is None else [g])], dy)]
+
+    names = ["y", "dx", "da", "db", "dgate"][: len(ours)]
+    inputs = [x, weight, base.bias.to(dtype), rounding, *trained, dy]
+    assert_accurate(
+        names, ours, plain, [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    )
+
+
+@every_base
+def test_what_is_kept_for_the_backward(make):
+    """x, A, B and h; of the weight bitsandbytes keeps no wide copy, torchao the one it makes."""
+    base, weight, _ = make(torch.nn.Linear(K, N, device=DEVICE))
+    layer = LoRAAdapter(base, r=R)
+    x = torch.randn(M, K, device=DEVICE, requires_grad=True)
+    size, _ = saved_bytes(lambda: layer(x))
+    of_base, _ = saved_bytes(lambda: base(x))
+    assert size - of_base <= 4 * (M * K + R * K + N * R + M * R)
+    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    y = layer(x)
+    held = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before]
+    wide = [t for t in held if t.shape == weight.shape and t.is_floating_point()]
+    assert y.requires_grad and not wide
+    if type(base) is not torch.nn.Linear:
+        assert of_base < weight.nbytes
+
+
+# Whole models
+
+
+class Block(torch.nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.up, self.down = make(torch.nn.Linear(K, N)).layer, make(torch.nn.Linear(N, K)).layer
+        self.head = torch.nn.Linear(K, 3)
+
+    def forward(self, x):
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def plain_weights(model) -> dict[str, torch.Tensor]:
+    """What is not the adapters', without torchao's classes."""
+    state = {n: t.clone() for n, t in model.state_dict().items() if "lora" not in n}
+    own = torch.Tensor, torch.nn.Parameter
+    return {n: t if type(t) in own else t.dequantize() for n, t in state.items()}
+
+
+def block(make) -> Block:
+    torch.manual_seed(0)
+    return Block(make).to(DEVICE)
+
+
+@every_base
+def test_a_model_with_adapters_trains_and_comes_back(make, tmp_path):
+    model, x = block(make), torch.randn(32, K, device=DEVICE)
+    target = torch.randint(3, (32,), device=DEVICE)
+    fl.inject(model, fl.LoRAConfig(r=R, target_modules=["up", "down", "head"]))
+    assert type(model.up) is type(model.down) is LoRAAdapter and type(model.head) is LoRALinear
+    before = plain_weights(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
+    losses = []
+    for _ in range(30):
+        losses.append(F.cross_entropy(model(x), target))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(t, plain_weights(model)[n]) for n, t in before.items())
+    fl.save_adapter(model, tmp_path)
+    fresh = fl.load_adapter(block(make), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="alone knows how its weight is written"):
+        fl.merge(model)
+
+
+def quantised_llama(folder, kind: str):
+    """A Llama that transformers quantises as it loads it."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "torchao":
+        torchao = pytest.importorskip("torchao.quantization")
+        config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+        config = transformers.BitsAndBytesConfig(
+            **(options if kind == "4 bit" else {"load_in_8bit": True})
+        )
+    if not folder.exists():
+        tiny_llama().save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map=DEVICE
+    )
+
+
+kinds = pytest.mark.parametrize("kind", ["4 bit", "8 bit", "torchao"])
+IDS = torch.tensor([[5, 9, 3, 7, 2, 8, 4, 6], [1, 2, 3, 4, 5, 6, 7, 8]], device=DEVICE)
+
+
+@kinds
+def test_trainer_of_a_quantised_llama(kind, tmp_path):
+    """Trainer asks for adapters of PEFT's, until it is told that the model trains others."""
+    model = quantised_llama(tmp_path / "llama", kind)
+    transformers = pytest.importorskip("transformers")
+    fl.inject(model, fl.LoRAConfig(r=R, target_modules="all-linear"))
+    assert sum(isinstance(m, LoRAAdapter) for m in model.modules()) == 14
+    options = {"max_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), use_cpu=DEVICE == "cpu", **options
+    )
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    model.is_quantized = False
+    transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    assert all(p.any() for n, p in model.named_parameters() if n.endswith("lora_b"))
+    fl.save_adapter(model, tmp_path / "adapter")
+    again = fl.load_adapter(quantised_llama(tmp_path / "llama", kind), tmp_path / "adapter")
+    told = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(again.eval().generate(IDS, **told), model.eval().generate(IDS, **told))
+
+
+@kinds
+def test_accelerate_leaves_the_numbers_of_pefts_quantised_layers(kind, tmp_path):
+    """Fused or not, and if not the report says why."""
+    peft = pytest.importorskip("peft")
+    model = quantised_llama(tmp_path / "llama", kind)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=R, target_modules="all-linear", init_lora_weights=False)
+    )
+
+    def outputs():
+        model.zero_grad()
+        logits = model(input_ids=IDS).logits
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    want = outputs()
+    report = fl.accelerate(model)
+    torch.testing.assert_close(outputs(), want, rtol=1e-3, atol=1e-5)
+    assert len(report.layers) == 14
+    assert all(layer.reason for layer in report.layers if layer.name not in report.fused)
