@@ -84,6 +84,26 @@ def test_words_that_are_not_there_have_no_gradient(backend):
 
 
 @backends
+def test_the_padding_word_has_no_gradient(backend):
+    """Its rows of the tables, that is: it is read like any other word, and B learns from it."""
+    _, tensors = make()
+    ids = torch.tensor([3, 3, 5, 0], device=DEVICE)
+    dy = guarded((4, 12), device=DEVICE)
+    ours, want = (
+        run(fn, ids, leaves(tensors), dy, padding_idx=3, **options)
+        for fn, options in (
+            (fl.lora_embedding, {"backend": backend}),
+            (fl.reference.lora_embedding, {}),
+        )
+    )
+    for got, same in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, same)
+    trained = run(fl.lora_embedding, ids, leaves(tensors), dy, backend=backend)
+    assert not ours[1][3].any() and not ours[2][:, 3].any()
+    assert trained[1][3].all() and trained[2][:, 3].all() and torch.equal(ours[3], trained[3])
+
+
+@backends
 def test_a_frequent_word_is_added_in_fp32(backend):
     """2048 and many halves: in fp16 each of them would be lost."""
     ids = torch.zeros(100, dtype=torch.int64, device=DEVICE)
@@ -106,7 +126,9 @@ def test_only_the_gradients_asked_for(backend, needs):
     expected = [everything[0], *itertools.compress(everything[1:], needs)]
     for got, want in zip(some, expected, strict=True):
         torch.testing.assert_close(got, want)
-    grads = torch.ops.fused_lora.lora_embedding_backward(dy, ids, *tensors, SCALE, needs, backend)
+    grads = torch.ops.fused_lora.lora_embedding_backward(
+        dy, ids, *tensors, SCALE, -1, needs, backend
+    )
     assert [g.numel() > 0 for g in grads] == list(needs)
 
 
@@ -164,7 +186,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fused_lora.lora_embedding.default, args)
     dy = torch.randn(3, 9, 12, device=DEVICE)
     for needs in ([True] * 3, [False, True, False]):
-        args = (dy, ids, *tensors, SCALE, needs, "torch")
+        args = (dy, ids, *tensors, SCALE, 3, needs, "torch")
         torch.library.opcheck(torch.ops.fused_lora.lora_embedding_backward.default, args)
 
 
@@ -244,6 +266,16 @@ BAD = {
         {"lora_b": torch.zeros(12, 3, device="meta")},
         ValueError,
         f"lora_b is on meta but weight is on {HERE}; move one of them",
+    ),
+    "padding_idx of no word": (
+        {"padding_idx": 20},
+        ValueError,
+        "padding_idx must lie in [0, 20), got 20",
+    ),
+    "padding_idx of another kind": (
+        {"padding_idx": True},
+        TypeError,
+        "padding_idx must be an int or None, got bool",
     ),
     "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     "backend that has no kernel": (

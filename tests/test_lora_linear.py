@@ -757,3 +757,34 @@ def test_why_checks_the_arguments_too():
     x, weight, a, b, _, _ = make()
     with pytest.raises(ValueError, match="lora_b must have shape"):
         fl.why("lora_linear", x, weight, a, b.t(), scale=1.0)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(5,), (2, 3), ()], ids=str)
+def test_the_output_may_be_changed_in_place(backend, shape):
+    """As a model may those of its layers; it is not a view, which a Function's may not."""
+    x, weight, a, b = (
+        torch.randn(s, device=DEVICE, requires_grad=True)
+        for s in ((*shape, 8), (6, 8), (2, 8), (6, 2))
+    )
+    for call in (
+        lambda: fl.lora_linear(x, weight, a, b, scale=1.0, backend=backend),
+        lambda: fl.lora_linear_group(x, [weight], [a], [b], scales=[1.0], backend=backend)[0],
+        lambda: fl.lora_add(x @ weight.t(), x, a, b, scale=1.0, backend=backend),
+    ):
+        plain = torch.autograd.grad((call() * 3).sum(), (x, a, b))
+        changed = torch.autograd.grad(call().mul_(3).sum(), (x, a, b))
+        assert all(torch.equal(u, v) for u, v in zip(plain, changed, strict=True))
+
+
+def test_a_weight_that_no_gradient_needs_is_not_saved():
+    """Under autocast it is a copy that would live until the backward."""
+    x, weight, a, b = (torch.randn(s, device=DEVICE) for s in ((5, 64), (64, 64), (2, 64), (64, 2)))
+    a.requires_grad_(), b.requires_grad_()
+    for call in (
+        lambda x: fl.lora_linear(x, weight, a, b, scale=1.0),
+        lambda x: fl.lora_linear_group(x, [weight], [a], [b], scales=[1.0]),
+    ):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            needed = saved_bytes(lambda call=call: call(x.detach().requires_grad_()))[0]
+            assert needed - saved_bytes(lambda call=call: call(x))[0] == 2 * 64 * 64

@@ -47,6 +47,8 @@ PRUNE = "optim/prune.py"
 DISTRIBUTED = "integrations/distributed.py"
 INJECT = "inject.py"
 ADAPTER = "nn/adapter.py"
+DORA = "ops/dora_linear.py"
+PEFT = "integrations/peft.py"
 
 # All six tensors, with dropout and without.
 ROWS = "test_lora_linear.py::test_leading_dimensions[contiguous-(7,)-{}]"
@@ -548,6 +550,12 @@ FAULTS = {
         "        save_file(tensors, Path(folder) / WEIGHTS)",
         "test_nn_embedding.py::test_a_save_is_one_step",
     ),
+    "embedding: the padding word learns": Fault(
+        "ops/lora_embedding.py",
+        "rows[padding_idx].zero_()",
+        "pass",
+        "test_lora_embedding.py::test_the_padding_word_has_no_gradient[triton]",
+    ),
     # The torch backend.
     "torch: scale x 1.01": Fault(
         OP,
@@ -893,6 +901,68 @@ FAULTS = {
         "self.a_slots[slot, rank:].zero_()",
         "pass",
         "test_bank.py::test_rank_rows_past_the_rank_are_zero[torch]",
+    ),
+    # DoRA.
+    "dora: the factor on the bias as well": Fault(
+        DORA,
+        "torch.addcmul(bias.to(factor.dtype), z, factor, out=out)",
+        "torch.mul(z + bias, factor, out=out)",
+        "test_dora_linear.py::test_leading_dimensions[(2, 3)-torch]",
+    ),
+    "dora: the norms of W0 alone": Fault(
+        DORA,
+        "torch.addmm(w.to(dtype), part, a)",
+        "w.to(dtype)",
+        "test_dora_linear.py::test_a_magnitude_of_the_norms_is_lora",
+    ),
+    "dora: the norms of what autocast rounded": Fault(
+        DORA,
+        "row_norms(*before, scale)",
+        "row_norms(*args[1:4], scale)",
+        "test_dora_linear.py::test_autocast",
+    ),
+    "dora: dm with the factor": Fault(
+        DORA,
+        "(dy.to(factor.dtype) * z).reshape",
+        "(dy.to(factor.dtype) * z * factor).reshape",
+        "test_dora_linear.py::test_it_is_the_reference",
+    ),
+    "dora: B A in one tile": Fault(
+        DORA,
+        "rows = max(1, TILE // weight.shape[1])",
+        "rows = max(1, len(weight))",
+        "test_dora_linear.py::test_b_a_is_never_whole",
+    ),
+    # PEFT's layers.
+    "peft: lora_bias without its scale": Fault(
+        PEFT,
+        "y.add_(bias * layer.scaling[name])",
+        "y.add_(bias)",
+        "test_peft.py::test_logits_and_gradients[llama-bias-fp32]",
+    ),
+    "peft: DoRA without what was dropped": Fault(
+        PEFT,
+        "return y + F.linear(x - kept, base.weight) if dropping else y",
+        "return y",
+        "test_peft.py::test_dora_drops_as_peft_does[llama]",
+    ),
+    "peft: an embedding without its padding word": Fault(
+        PEFT,
+        "scale=scale, padding_idx=padding_idx)",
+        "scale=scale)",
+        "test_peft.py::test_the_padding_word_has_no_gradient",
+    ),
+    "peft: every adapter drops as the first does": Fault(
+        PEFT,
+        "y = lora_add(y, x, a, b, scale=scale, dropout_p=p)",
+        "y = lora_add(y, x, a, b, scale=scale, dropout_p=0.3)",
+        "test_peft.py::test_dropout_under_the_same_mask[llama-two-fp32]",
+    ),
+    "peft: an adapter on top of itself, merged": Fault(
+        PEFT,
+        "or (layer.merged and mixed is None)",
+        "",
+        "test_peft.py::test_everything_that_switches_adapters[llama]",
     ),
     # The proximal step: the published code of SoRA has the first of these two.
     "soft threshold: gates up to 2 xi are zeroed": Fault(

@@ -101,7 +101,7 @@ def test_masters():
 
 def test_lora_embedding_is_pefts():
     peft = pytest.importorskip("peft")
-    model = torch.nn.Sequential(words())
+    model = torch.nn.Sequential(words(padding_idx=2))
     theirs = peft.get_peft_model(
         copy.deepcopy(model),
         peft.LoraConfig(r=R, lora_alpha=6, target_modules=["0"], init_lora_weights=False),
@@ -109,11 +109,16 @@ def test_lora_embedding_is_pefts():
     ours = LoRAEmbedding.from_embedding(model[0], R, lora_alpha=6)
     assert not ours.lora_a.any() and ours.lora_b.any()
     some = ids(2, 9)
+    some[0, 0] = 2
     assert torch.equal(ours(some), model[0](some))
     with torch.no_grad():
         ours.lora_a.copy_(theirs.lora_embedding_A["default"])
         ours.lora_b.copy_(theirs.lora_embedding_B["default"])
     torch.testing.assert_close(ours(some), theirs(some))
+    for layer in (ours, theirs):
+        layer(some).square().sum().backward()
+    torch.testing.assert_close(ours.lora_a.grad, theirs.lora_embedding_A["default"].grad)
+    assert not ours.lora_a.grad[:, 2].any()
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
 
 

@@ -7,6 +7,7 @@ from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.ops.dept_embedding import dept_embedding
 from fused_lora.ops.dispatch import backends, use_backend, why
+from fused_lora.ops.dora_linear import dora_linear
 from fused_lora.ops.lora_add import lora_add
 from fused_lora.ops.lora_embedding import lora_embedding
 from fused_lora.ops.lora_linear import lora_linear
@@ -25,6 +26,7 @@ __all__ = [
     "accelerate",
     "backends",
     "dept_embedding",
+    "dora_linear",
     "inject",
     "load_adapter",
     "lora_add",

@@ -206,6 +206,16 @@ def lora_linear_group(
     return outs
 
 
+def dora_linear(x, weight, lora_a, lora_b, magnitude, bias=None, *, scale):
+    """y = b + (m / ||W0 + scale B A||) (x W0^T + scale (x A^T) B^T), the norms of rows being
+    constants (arXiv 2402.09353)."""
+    z = lora_linear(x, weight, lora_a, lora_b, scale=scale)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    rows = weight.to(exact) + scale * (lora_b.to(exact) @ lora_a.to(exact))
+    y = magnitude / torch.linalg.vector_norm(rows, dim=1).detach() * z
+    return (y if bias is None else y + bias).to(z.dtype)
+
+
 def _multi_lora_delta(x, bank, adapter_ids, dropout_p, training, seed):
     G, _, N = bank.bt_slots.shape
     if adapter_ids.numel() and not (-1 <= int(adapter_ids.min()) and int(adapter_ids.max()) < G):
@@ -242,11 +252,14 @@ def multi_lora_add_(y, x, bank, adapter_ids, *, out_offset=0):
     return y
 
 
-def lora_embedding(ids, weight, lora_a, lora_b, *, scale):
-    """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (as PEFT)."""
+def lora_embedding(ids, weight, lora_a, lora_b, *, scale, padding_idx=None):
+    """e = E[ids] + scale * A^T[ids] B^T: weight [V, D], lora_a [R, V], lora_b [D, R] (as PEFT).
+
+    The rows padding_idx of E and A^T get no gradient.
+    """
     ids = ids.long()
-    h = F.embedding(ids, lora_a.to(weight.dtype).t())
-    return F.embedding(ids, weight) + scale * (h @ lora_b.to(weight.dtype).t())
+    h = F.embedding(ids, lora_a.to(weight.dtype).t(), padding_idx)
+    return F.embedding(ids, weight, padding_idx) + scale * (h @ lora_b.to(weight.dtype).t())
 
 
 def dept_embedding(ids, weight, prompt, lora_a, lora_b, *, scale=1.0, positions=None):

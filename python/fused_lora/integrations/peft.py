@@ -10,30 +10,42 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fused_lora.integrations.shared_input import observed
 from fused_lora.ops import validation as check
+from fused_lora.ops.dora_linear import dora_linear
+from fused_lora.ops.lora_add import lora_add
+from fused_lora.ops.lora_embedding import lora_embedding
 from fused_lora.ops.lora_linear import lora_linear
+from fused_lora.ops.lora_linear_group import lora_linear_group
 from fused_lora.ops.multi_lora_linear import multi_lora_linear
 from fused_lora.ops.routing import AdapterRouting
 from fused_lora.reference import AdapterSlots
 
 BASE = "__base__"  # PEFT's name for rows without adapter
+PEFT = "PEFT"  # the route of what is not covered
 
 
 class LayerReport(NamedTuple):
-    """One LoRA layer: its name, and why it runs PEFT's own forward; None: it runs fused."""
+    """One LoRA layer: its name, why it runs PEFT's own forward (None: it runs fused), and the ops
+    that its adapters run by, or "PEFT"."""
 
     name: str
     reason: str | None
+    route: str
 
 
 class AccelerateReport:
-    """What accelerate did: `layers`, and a table of them as text. The reasons are those that can be
-    told before a call; `fallbacks` counts those of the calls that were made since."""
+    """What accelerate did: `layers`, `groups` (names of layers that share x and run by
+    lora_linear_group), and a summary of them as text. The reasons are those that can be told before
+    a call; `fallbacks` counts those of the calls that were made since."""
 
-    def __init__(self, layers: list[LayerReport], modules: dict[str, Any]) -> None:
-        self.layers, self._modules = layers, modules
+    def __init__(
+        self, layers: list[LayerReport], modules: dict[str, Any], groups: list[tuple[str, ...]]
+    ) -> None:
+        self.layers, self._modules, self.groups = layers, modules, groups
 
     @property
     def fused(self) -> list[str]:
@@ -46,41 +58,20 @@ class AccelerateReport:
         return {name: count for name, count in counts.items() if count}
 
     def __repr__(self) -> str:
+        routes = Counter(layer.route for layer in self.layers if layer.reason is None)
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         lines = [f"{len(self.fused)} of {len(self.layers)} LoRA layers run fused"]
+        lines += [f"  {count} by {route}" for route, count in routes.items()]
+        sizes = Counter(map(len, self.groups))
+        lines += [f"  {n} groups of {size} that share x" for size, n in sizes.items()]
         lines += [f"  {count} run PEFT's forward: {why}" for why, count in reasons.items()]
         for name, count in self.fallbacks.items():
             lines += [f"  {name}, {n} calls: {why}" for why, n in count.items()]
         return "\n".join(lines)
 
 
-def _static_reason(layer) -> str | None:
-    """Why no call of this layer can run fused."""
-    base = layer.get_base_layer()
-    if type(base) is not torch.nn.Linear:
-        return f"its base layer is a {type(base).__name__}, and not a plain nn.Linear"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out: its weight is transposed"
-    if base.weight.dtype not in check.DTYPES:
-        return f"its weight is {base.weight.dtype}"
-    return None
-
-
-def _adapter_reason(layer, name: str, dropped: bool) -> str | None:
-    """Why this adapter of the layer cannot run fused."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-    if layer.lora_B[name].bias is not None:
-        return f"adapter {name!r} has a bias (lora_bias)"
-    for projection in (layer.lora_A[name], layer.lora_B[name]):
-        if type(projection) is not torch.nn.Linear:
-            return f"adapter {name!r} has a {type(projection).__name__}"
-        if projection.weight.dtype not in (layer.get_base_layer().weight.dtype, torch.float32):
-            return f"adapter {name!r} is {projection.weight.dtype}"
-    dropout = layer.lora_dropout[name]
-    if dropped and type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
-        return f"adapter {name!r} has a {type(dropout).__name__}"
-    return None
+def _strict() -> bool:
+    return os.environ.get("FUSED_LORA_STRICT", "0") == "1"
 
 
 def _hooks(module: torch.nn.Module) -> bool:
@@ -88,50 +79,238 @@ def _hooks(module: torch.nn.Module) -> bool:
     return any(found) or bool(module._backward_pre_hooks) or "forward" in vars(module)
 
 
+def _inner_reason(layer, x: Tensor, parts: list[torch.nn.Module], tensors: list[Tensor]):
+    """Why a call that computes with these parts and tensors of the layer cannot run fused."""
+    if any(_hooks(part) for part in parts):
+        return "it has hooks on its inner layers, which a fused call would pass by"
+    if not check.all_plain(x, *tensors):
+        return "a tensor subclass, a sparse layout or forward-mode AD"
+    return None
+
+
 def _probability(layer, name: str) -> float:
     dropout = layer.lora_dropout[name]
     return dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
 
 
-def _call_reason(layer, x: Tensor, names: list[str], mixed: bool) -> str | None:
-    """Why this call cannot run fused, for these adapters."""
-    parts = [layer.get_base_layer()]
-    for name in names:
-        if reason := _adapter_reason(layer, name, dropped=not mixed):
+class _LinearForm:
+    """How a peft.tuners.lora.layer.Linear runs fused, and why not."""
+
+    ROUTES = "lora_linear", "dora_linear"
+
+    @staticmethod
+    def adapters(layer) -> Any:
+        return layer.lora_A
+
+    @staticmethod
+    def is_dora(layer, name: str) -> bool:
+        return type(layer.lora_variant.get(name)).__name__ == "DoraLinearVariant"
+
+    @classmethod
+    def route(cls, layer, name: str) -> str:
+        return cls.ROUTES[cls.is_dora(layer, name)]
+
+    @staticmethod
+    def static_reason(layer) -> str | None:
+        """Why no call of this layer can run fused."""
+        base = layer.get_base_layer()
+        if type(base) is not torch.nn.Linear:
+            return f"its base layer is a {type(base).__name__}, and not a plain nn.Linear"
+        if layer.fan_in_fan_out:
+            return "fan_in_fan_out: its weight is transposed"
+        if base.weight.dtype not in check.DTYPES:
+            return f"its weight is {base.weight.dtype}"
+        return None
+
+    @classmethod
+    def adapter_reason(cls, layer, name: str, dropped: bool = True) -> str | None:
+        """Why this adapter of the layer cannot run fused."""
+        if name in layer.lora_variant and not cls.is_dora(layer, name):
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        for projection in (layer.lora_A[name], layer.lora_B[name]):
+            if type(projection) is not torch.nn.Linear:
+                return f"adapter {name!r} has a {type(projection).__name__}"
+            if projection.weight.dtype not in (layer.get_base_layer().weight.dtype, torch.float32):
+                return f"adapter {name!r} is {projection.weight.dtype}"
+        dropout = layer.lora_dropout[name]
+        if dropped and type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
+            return f"adapter {name!r} has a {type(dropout).__name__}"
+        if not cls.is_dora(layer, name):
+            return None
+        if layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} is DoRA with a bias (lora_bias)"
+        if layer.ephemeral_gpu_offload:
+            return f"adapter {name!r} is DoRA with ephemeral_gpu_offload"
+        return None
+
+    @classmethod
+    def call_reason(cls, layer, x: Tensor, names: list[str], mixed: bool) -> str | None:
+        """Why this call cannot run fused, for these adapters."""
+        base = layer.get_base_layer()
+        parts, tensors = [base], [base.weight]
+        for name in names:
+            if reason := cls.adapter_reason(layer, name, dropped=not mixed):
+                return reason
+            parts += [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
+            tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            if cls.is_dora(layer, name):
+                parts.append(layer.lora_magnitude_vector[name])
+        if reason := _inner_reason(layer, x, parts, tensors):
             return reason
-        parts += [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
-    if any(_hooks(part) for part in parts):
-        return "it has hooks on its inner layers, which a fused call would pass by"
-    if not check.autocasting(x) and x.dtype != parts[0].weight.dtype:
-        return f"x is {x.dtype} and the weight {parts[0].weight.dtype}"
-    drops = [_probability(layer, name) for name in names]
-    if len(names) > 1 and any(drops):
-        return "several adapters with dropout, each with a mask of its own"
-    if mixed and any(drops):
-        return "a mixed batch in training, with dropout"
-    return None
+        if not check.autocasting(x) and x.dtype != base.weight.dtype:
+            return f"x is {x.dtype} and the weight {base.weight.dtype}"
+        if len(names) > 1 and any(cls.is_dora(layer, name) for name in names):
+            return "several adapters, DoRA among them: it scales what came before it"
+        if names and cls.is_dora(layer, names[0]) and _dora_caching(layer):
+            return "PEFT's cache of DoRA's weights (DoraCaching), which its forward reads"
+        if mixed and any(_probability(layer, name) for name in names):
+            return "a mixed batch in training, with dropout"
+        if mixed and any(layer.lora_B[name].bias is not None for name in names):
+            return "a mixed batch, with lora_bias"
+        return None
+
+    @classmethod
+    def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
+        """The base layer and the sum of these adapters."""
+        if not names:
+            return layer.base_layer(x)
+        if cls.is_dora(layer, names[0]):
+            return _dora(layer, x, names[0])
+        # Side by side in one lora_linear they would be copies, which the backward would keep.
+        (a, b, scale), *others = cls.tensors(layer, names)
+        p, *drops = [_probability(layer, name) for name in names]
+        base = layer.get_base_layer()
+        y = lora_linear(x, base.weight, a, b, base.bias, scale=scale, dropout_p=p)
+        for (a, b, scale), p in zip(others, drops, strict=True):
+            y = lora_add(y, x, a, b, scale=scale, dropout_p=p)
+        return _add_biases(y, layer, names)
+
+    @staticmethod
+    def tensors(layer, names: list[str]) -> list[tuple[Any, Any, Any]]:
+        """[(A, B, scale)] of the adapters."""
+        return [
+            (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+            for name in names
+        ]
 
 
-def _fused(layer, x: Tensor, names: list[str]) -> Tensor:
-    """The base layer and the sum of these adapters."""
-    base = layer.get_base_layer()
-    lora_a = [layer.lora_A[name].weight for name in names]
-    lora_b = [layer.lora_B[name].weight for name in names]
-    scales = [layer.scaling[name] for name in names]
-    if len(names) == 1:
-        return lora_linear(
-            x, base.weight, lora_a[0], lora_b[0], base.bias, scale=scales[0],
-            dropout_p=_probability(layer, names[0]),
-        )  # fmt: skip
-    # One adapter of the ranks of all, whose gate is each one's scale.
-    like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    gate = torch.cat([
-        torch.as_tensor(scale, **like).expand(a.shape[0])
-        for scale, a in zip(scales, lora_a, strict=True)
-    ])  # fmt: skip
-    return lora_linear(
-        x, base.weight, torch.cat(lora_a), torch.cat(lora_b, 1), base.bias, scale=1.0, gate=gate
-    )
+def _dora_caching(layer) -> bool:
+    from peft.tuners.lora import dora
+
+    return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
+
+
+def _add_biases(y: Tensor, layer, names: list[str]) -> Tensor:
+    """y with those of lora_bias, in place. Folded into the base layer's bias they would be rounded
+    with it, which is the same error in every row."""
+    for name in names:
+        if (bias := layer.lora_B[name].bias) is not None:
+            y.add_(bias * layer.scaling[name])
+    return y
+
+
+def _dora(layer, x: Tensor, name: str) -> Tensor:
+    """PEFT drops what DoRA scales, and that is the base product too; what was dropped of x goes
+    through the base layer alone."""
+    base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
+    dropping = layer.training and _probability(layer, name) > 0
+    kept = dropout(x) if dropping else x
+    ((a, b, scale),) = _LinearForm.tensors(layer, [name])
+    magnitude = layer.lora_magnitude_vector[name].weight
+    y = dora_linear(kept, base.weight, a, b, magnitude, base.bias, scale=scale)
+    return y + F.linear(x - kept, base.weight) if dropping else y
+
+
+def _together(layers: list[Any], x: Tensor) -> list[Tensor] | None:
+    """What these layers make of x, in one call; None where one of them is not in a state for
+    that."""
+    form, projections, active = _LinearForm, [], []
+    for layer in layers:
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        # What stands before a later layer's forward has not run yet.
+        before = layer is not layers[0] and (layer._forward_pre_hooks or "forward" in vars(layer))
+        if before or layer.disable_adapters or layer.merged or len(names) > 1:
+            return None
+        if form.static_reason(layer) or form.call_reason(layer, x, names, mixed=False):
+            return None
+        if any(form.is_dora(layer, name) or _probability(layer, name) for name in names):
+            return None
+        (adapter,) = form.tensors(layer, names) or [(None, None, 1.0)]
+        base = layer.get_base_layer()
+        projections.append((base.weight, base.bias, *adapter))
+        active.append(names)
+    weights, biases, lora_as, lora_bs, scales = map(list, zip(*projections, strict=True))
+    ys = lora_linear_group(x, weights, lora_as, lora_bs, biases, scales=scales)
+    return [_add_biases(*one) for one in zip(ys, layers, active, strict=True)]
+
+
+class _EmbeddingForm:
+    """How a peft.tuners.lora.layer.Embedding runs fused, and why not. PEFT drops nothing here."""
+
+    @staticmethod
+    def adapters(layer) -> Any:
+        return layer.lora_embedding_A
+
+    @staticmethod
+    def route(layer, name: str) -> str:
+        return "lora_embedding"
+
+    @staticmethod
+    def static_reason(layer) -> str | None:
+        base = layer.get_base_layer()
+        if type(base) is not torch.nn.Embedding:
+            return f"its base layer is a {type(base).__name__}, and not a plain nn.Embedding"
+        if base.weight.dtype not in check.DTYPES:
+            return f"its weight is {base.weight.dtype}"
+        options = {
+            "max_norm": base.max_norm is not None,
+            "scale_grad_by_freq": base.scale_grad_by_freq,
+            "sparse": base.sparse,
+            "embed_scale": hasattr(base, "embed_scale"),  # which PEFT applies to its adapters
+        }
+        if found := [name for name, given in options.items() if given]:
+            return f"its base layer has {' and '.join(found)}"
+        return None
+
+    @staticmethod
+    def adapter_reason(layer, name: str) -> str | None:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        for half in (layer.lora_embedding_A[name], layer.lora_embedding_B[name]):
+            if half.dtype not in (layer.get_base_layer().weight.dtype, torch.float32):
+                return f"adapter {name!r} is {half.dtype}"
+        if getattr(layer, "input_fns", {}).get(name) is not None:
+            return f"adapter {name!r} is split over devices (tensor parallel)"
+        return None
+
+    @classmethod
+    def call_reason(cls, layer, ids: Tensor, names: list[str], mixed: bool) -> str | None:
+        if mixed:
+            return "a mixed batch of an embedding"
+        base = layer.get_base_layer()
+        tensors = [base.weight]
+        for name in names:
+            if reason := cls.adapter_reason(layer, name):
+                return reason
+            tensors += [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
+        return _inner_reason(layer, ids, [base], tensors)
+
+    @staticmethod
+    def forward(layer, ids: Tensor, names: list[str]) -> Tensor:
+        if not names:
+            return layer.base_layer(ids)
+        base = layer.get_base_layer()
+        (a, b, scale), *others = [
+            (layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name])
+            for name in names
+        ]
+        padding_idx = base.padding_idx
+        y = lora_embedding(ids, base.weight, a, b, scale=scale, padding_idx=padding_idx)
+        for a, b, scale in others:
+            # As PEFT does it: side by side the adapters would be a copy of all their tables.
+            h = F.embedding(ids, a.t(), padding_idx)
+            y = (y + (h @ b.t()) * scale).to(y.dtype)
+        return y
 
 
 # What is kept must not be an inference tensor: a later call may want gradients.
@@ -184,49 +363,72 @@ def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     return multi_lora_linear(x, base.weight, slots, routing, base.bias)
 
 
-@functools.cache
-def accelerated_class() -> type:
-    """The class that an exact peft.tuners.lora.layer.Linear is given."""
-    from peft.tuners.lora.layer import Linear
+class _Accelerated:
+    """What the accelerated classes put before PEFT's forward; each has its form."""
 
-    class AcceleratedLinear(Linear):
+    FORM: Any
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        layer: Any = self
+        mixed = kwargs.get("adapter_names")
+        if layer.disable_adapters or (layer.merged and mixed is None):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        adapters = self.FORM.adapters(layer)
+        if mixed is None:
+            names = [name for name in layer.active_adapters if name in adapters]
+        else:
+            layer._check_forward_args(x, *args, **kwargs)
+            names = sorted({name for name in mixed if name in adapters})
+        others = [
+            key for key, value in kwargs.items() if key != "adapter_names" and value is not None
+        ]
+        shared = vars(layer).get("fused_lora_group")
+        if shared and mixed is None and not (args or others):
+            y = shared.output(layer, x, _together)
+            if y is not None:
+                return y
+        if args or others:
+            reason: str | None = f"it was called with more arguments: {others or len(args)}"
+        else:
+            reason = self.FORM.static_reason(layer)
+            reason = reason or self.FORM.call_reason(layer, x, names, mixed is not None)
+        if reason is not None:
+            if _strict():
+                raise RuntimeError(f"FUSED_LORA_STRICT=1, and a layer is not fused: {reason}")
+            counts = vars(layer).setdefault("fused_lora_fallbacks", Counter())
+            counts[reason] += 1
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if mixed is not None:
+            return _fused_mixed(layer, x, mixed)
+        return self.FORM.forward(layer, x, names)
+
+
+@functools.cache
+def accelerated_classes() -> dict[type, Any]:
+    """{exact class of PEFT: the class that its layers are given}."""
+    from peft.tuners.lora.layer import Embedding, Linear
+
+    class AcceleratedLinear(_Accelerated, Linear):
         """peft.tuners.lora.layer.Linear whose forward runs on the kernels of fused_lora."""
 
         __qualname__ = "AcceleratedLinear"
+        FORM = _LinearForm
 
-        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            if self.disable_adapters or (self.merged and kwargs.get("adapter_names") is None):
-                return super().forward(x, *args, **kwargs)
-            mixed = kwargs.get("adapter_names")
-            if mixed is None:
-                names = [name for name in self.active_adapters if name in self.lora_A]
-            else:
-                self._check_forward_args(x, *args, **kwargs)
-                names = sorted({name for name in mixed if name in self.lora_A})
-            others = [
-                key for key, value in kwargs.items() if key != "adapter_names" and value is not None
-            ]
-            if args or others:
-                reason: str | None = f"it was called with more arguments: {others or len(args)}"
-            else:
-                reason = _static_reason(self) or _call_reason(self, x, names, mixed is not None)
-            if reason is not None:
-                if os.environ.get("FUSED_LORA_STRICT", "0") == "1":
-                    raise RuntimeError(f"FUSED_LORA_STRICT=1, and a layer is not fused: {reason}")
-                counts = vars(self).setdefault("fused_lora_fallbacks", Counter())
-                counts[reason] += 1
-                return super().forward(x, *args, **kwargs)
-            if mixed is not None:
-                return _fused_mixed(self, x, mixed)
-            return _fused(self, x, names) if names else self.base_layer(x)
+    class AcceleratedEmbedding(_Accelerated, Embedding):
+        """peft.tuners.lora.layer.Embedding whose forward runs on the kernels of fused_lora."""
 
-    return AcceleratedLinear
+        __qualname__ = "AcceleratedEmbedding"
+        FORM = _EmbeddingForm
+
+    return {Linear: AcceleratedLinear, Embedding: AcceleratedEmbedding}
 
 
 def __getattr__(name: str):
-    """AcceleratedLinear by its name, as pickle asks for it."""
-    if name == "AcceleratedLinear":
-        return accelerated_class()
+    """AcceleratedLinear and AcceleratedEmbedding by name, as pickle asks for them."""
+    if name.startswith("Accelerated"):
+        for cls in accelerated_classes().values():
+            if cls.__name__ == name:
+                return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -241,38 +443,72 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def accelerate(model: torch.nn.Module) -> AccelerateReport:
+def _report(name: str, layer, form) -> LayerReport:
+    if form is None:
+        return LayerReport(name, f"{type(layer).__name__} of PEFT has no fused form", PEFT)
+    adapters = list(form.adapters(layer))
+    reasons = [form.static_reason(layer), *(form.adapter_reason(layer, a) for a in adapters)]
+    reason = next(filter(None, reasons), None)
+    routes = sorted({form.route(layer, a) for a in adapters}) if reason is None else [PEFT]
+    return LayerReport(name, reason, ", ".join(routes))
+
+
+def _group(model: torch.nn.Module, layers: dict[str, Any], sample: dict[str, Any]):
+    """Let layers that share x in a call with `sample` run together; returns their names."""
+    names = {id(layer): name for name, layer in layers.items()}
+    linear = [layer for layer in layers.values() if vars(type(layer)).get("FORM") is _LinearForm]
+    groups = []
+    for shared in observed(model, linear, sample):
+        for layer in shared.layers:
+            layer.fused_lora_group = shared
+        groups.append(tuple(names[id(layer)] for layer in shared.layers))
+    for layer in layers.values():
+        vars(layer).pop("fused_lora_fallbacks", None)
+    return groups
+
+
+def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> AccelerateReport:
     """Let the LoRA layers of a PEFT model run on these kernels, in place; returns a report.
 
-    Every exact peft.tuners.lora.layer.Linear changes its class, and nothing else: parameters and
-    their names, save_pretrained, set_adapter, disable_adapter, merging, adapters that are added
-    later, and hooks on the layers stay PEFT's. Several active adapters are summed; a batch with
-    adapter_names runs by multi_lora_linear. The backend is that of fused_lora (see use_backend).
+    Every exact Linear and Embedding of peft.tuners.lora.layer changes its class, and nothing else:
+    parameters and their names, save_pretrained, set_adapter, disable_adapter, merging, adapters
+    that are added later, and hooks on the layers stay PEFT's. Linear layers run by lora_linear,
+    with DoRA by dora_linear, batches with adapter_names by multi_lora_linear; embeddings by
+    lora_embedding. Several active adapters are summed. The backend is that of fused_lora (see
+    use_backend).
 
-    What is not covered runs PEFT's own forward, and is counted with the reason in
-    report.fallbacks: DoRA and other variants, lora_bias, base layers that are not a plain
-    nn.Linear, embeddings and convolutions, several active adapters with dropout. With
-    FUSED_LORA_STRICT=1 it raises RuntimeError instead.
+    What is not covered runs PEFT's own forward, and is counted with the reason in report.fallbacks:
+    variants other than DoRA, DoRA beside other active adapters, base layers that are not a plain
+    nn.Linear or nn.Embedding, embeddings with max_norm, sparse or scale_grad_by_freq, mixed batches
+    with lora_bias or of embeddings, convolutions. With FUSED_LORA_STRICT=1 such a call raises
+    RuntimeError instead, and so does accelerate itself, before it changes anything, for a layer of
+    another class.
+
+    sample, the keyword arguments of a call, lets layers that share x (q, k and v; gate and up) run
+    by lora_linear_group while they have at most one active adapter each, no DoRA and no dropout in
+    training. The model is called with it once, without gradients: a group is what got the same
+    tensor in turn. A layer that is later called with another tensor than the first of its group
+    computes for itself, and what the first computed for it is wasted. Under torch.compile there are
+    no groups.
 
     Dropout draws its masks from fused_lora's generator of bits: the same rate, other elements than
-    torch's would be.
+    torch's would be; with DoRA they are torch's.
 
-    Raises ValueError where there is no LoRA layer, ModuleNotFoundError without peft.
+    Raises ValueError where there is no LoRA layer, ModuleNotFoundError without peft, RuntimeError
+    as said.
     """
     layers = _layers(model)
-    from peft.tuners.lora.layer import Linear
-
-    reports = []
-    for name, layer in layers.items():
-        exact = type(layer) in (Linear, accelerated_class())
-        reason = None if exact else f"{type(layer).__name__} of PEFT has no fused form"
-        if exact:
-            reason = _static_reason(layer)
-            for adapter in layer.lora_A:
-                reason = reason or _adapter_reason(layer, adapter, dropped=True)
-            layer.__class__ = accelerated_class()
-        reports.append(LayerReport(name, reason))
-    return AccelerateReport(reports, layers)
+    classes = accelerated_classes()
+    forms = {cls: new.FORM for exact, new in classes.items() for cls in (exact, new)}
+    reports = [_report(name, layer, forms.get(type(layer))) for name, layer in layers.items()]
+    foreign = [one for one in reports if type(layers[one.name]) not in forms]
+    if foreign and _strict():
+        raise RuntimeError(f"FUSED_LORA_STRICT=1, and {foreign[0].name}: {foreign[0].reason}")
+    for layer in layers.values():
+        layer.__class__ = classes.get(type(layer), type(layer))
+        vars(layer).pop("fused_lora_group", None)
+    groups = [] if sample is None else _group(model, layers, sample)
+    return AccelerateReport(reports, layers, groups)
 
 
 def restore(model: torch.nn.Module) -> None:
@@ -280,8 +516,9 @@ def restore(model: torch.nn.Module) -> None:
 
     Raises ValueError where there is no LoRA layer, ModuleNotFoundError without peft.
     """
-    from_accelerated = accelerated_class()
+    exact = {new: cls for cls, new in accelerated_classes().items()}
     for layer in _layers(model).values():
-        if type(layer) is from_accelerated:
-            layer.__class__ = from_accelerated.__mro__[1]
+        if type(layer) in exact:
+            layer.__class__ = exact[type(layer)]
             vars(layer).pop("fused_lora_fallbacks", None)
+            vars(layer).pop("fused_lora_group", None)

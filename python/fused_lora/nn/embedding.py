@@ -310,7 +310,14 @@ class LoRAEmbedding(torch.nn.Embedding):
             torch.nn.init.normal_(self.lora_a)
 
     def forward(self, input: Tensor) -> Tensor:
-        return lora_embedding(input, self.weight, self.lora_a, self.lora_b, scale=self.scale)
+        return lora_embedding(
+            input,
+            self.weight,
+            self.lora_a,
+            self.lora_b,
+            scale=self.scale,
+            padding_idx=self.padding_idx,
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -3,6 +3,8 @@
 With h = A^T[ids] and u = scale * dy B, both [M, R]:
 
     dA^T_v = the sum of u over the tokens with id v      dB = scale * dy^T h
+
+but for the word padding_idx, whose rows of E and of A^T get no gradient.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ REFUSALS = {
     "torch": dispatch.never_refuses,
 }
 
-# Contract. A gradient whose needs[i] is false is empty. needs: weight, lora_a, lora_b.
+# Contract. A gradient whose needs[i] is false is empty. needs: weight, lora_a, lora_b. padding_idx
+# is -1 where there is none.
 _library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
     "lora_embedding(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, "
@@ -32,7 +35,8 @@ _library.define(
 )
 _library.define(
     "lora_embedding_backward(Tensor dy, Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, "
-    "float scale, bool[3] needs, str backend) -> (Tensor dweight, Tensor da, Tensor db)"
+    "float scale, int padding_idx, bool[3] needs, str backend) "
+    "-> (Tensor dweight, Tensor da, Tensor db)"
 )
 
 
@@ -40,7 +44,7 @@ def _fake(ids, weight, lora_a, lora_b, scale, backend):
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
-def _fake_backward(dy, ids, weight, lora_a, lora_b, scale, needs, backend):
+def _fake_backward(dy, ids, weight, lora_a, lora_b, scale, padding_idx, needs, backend):
     return tuple(
         t.new_empty(t.shape) if need else dy.new_empty(0)
         for t, need in zip((weight, lora_a, lora_b), needs, strict=True)
@@ -54,13 +58,13 @@ def _forward(ids, weight, lora_a, lora_b, scale, backend):
     return shaped(forward(ids.flatten(), weight, a, b, scale), *ids.shape, weight.shape[1])
 
 
-def _backward(dy, ids, weight, lora_a, lora_b, scale, needs, backend):
+def _backward(dy, ids, weight, lora_a, lora_b, scale, padding_idx, needs, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
     backward = backward_torch if backend == "torch" else backward_triton
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     dy = dy.reshape(ids.numel(), weight.shape[1])
     dtypes = lora_a.dtype, lora_b.dtype
-    return backward(dy, ids.flatten(), weight, a, b, scale, needs, dtypes)
+    return backward(dy, ids.flatten(), weight, a, b, scale, padding_idx, needs, dtypes)
 
 
 def forward_torch(ids, weight, a, b, scale):
@@ -68,17 +72,17 @@ def forward_torch(ids, weight, a, b, scale):
     return y.addmm_(F.embedding(ids, a.t()), b.t(), alpha=scale)
 
 
-def backward_torch(dy, ids, weight, a, b, scale, needs, dtypes):
+def backward_torch(dy, ids, weight, a, b, scale, padding_idx, needs, dtypes):
     need_dw, need_da, need_db = needs
     dw = da = db = None
     by_id = torch.ops.aten.embedding_dense_backward
     if need_dw:
-        dw = by_id(dy, ids, weight.shape[0], -1, False)
+        dw = by_id(dy, ids, weight.shape[0], padding_idx, False)
     if need_da:
         u = torch.addmm(b.new_empty(()), dy, b, beta=0, alpha=scale)
         # Many tokens may share an id: they are added in fp32.
         u = u.to(torch.promote_types(u.dtype, torch.float32))
-        da = by_id(u, ids, a.shape[1], -1, False).t().to(dtypes[0]).contiguous()
+        da = by_id(u, ids, a.shape[1], padding_idx, False).t().to(dtypes[0]).contiguous()
     if need_db:
         h = F.embedding(ids, a.t())
         db = torch.addmm(b.new_empty(()), dy.t(), h, beta=0, alpha=scale).to(dtypes[1])
@@ -93,7 +97,7 @@ def forward_triton(ids, weight, a, b, scale):
     return embedding(ids[None], weight, a.t(), b.t(), scale=scale, positions=ids[None])
 
 
-def backward_triton(dy, ids, weight, a, b, scale, needs, dtypes):
+def backward_triton(dy, ids, weight, a, b, scale, padding_idx, needs, dtypes):
     from fused_lora.triton_kernels.embedding import sum_segments
     from fused_lora.triton_kernels.row_reduce import row_reduce_dy
     from fused_lora.triton_kernels.shrink import shrink
@@ -111,6 +115,9 @@ def backward_triton(dy, ids, weight, a, b, scale, needs, dtypes):
     if need_da:
         da = a.new_empty(a.shape, dtype=dtypes[0])
         sum_segments(u[None], da.t(), ids)
+    for rows in (dw, None if da is None else da.t()):
+        if padding_idx >= 0 and rows is not None:
+            rows[padding_idx].zero_()
     return dw, da, db
 
 
@@ -132,10 +139,10 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ids, weight, lora_a, lora_b, scale, backend):
+    def forward(ctx, ids, weight, lora_a, lora_b, scale, padding_idx, backend):
         forward = torch.ops.fused_lora.lora_embedding if dispatch.watched(weight) else _forward
         ctx.save_for_backward(ids, weight, lora_a, lora_b)
-        ctx.scale, ctx.backend = scale, backend
+        ctx.scale, ctx.padding_idx, ctx.backend = scale, padding_idx, backend
         return forward(ids, weight, lora_a, lora_b, scale, backend)
 
     @staticmethod
@@ -146,12 +153,24 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
             torch.ops.fused_lora.lora_embedding_backward if dispatch.watched(dy) else _backward
         )
         with without_autocast(dy):
-            grads = backward(dy, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
+            grads = backward(dy, *ctx.saved_tensors, ctx.scale, ctx.padding_idx, needs, ctx.backend)
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return None, *wanted, None, None
+        return None, *wanted, None, None, None
 
 
-def _prepare(ids, weight, lora_a, lora_b, *, scale):
+def _check_padding(padding_idx, V: int) -> int:
+    """padding_idx as the op takes it."""
+    if padding_idx is None:
+        return -1
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        kind = type(padding_idx).__name__
+        raise TypeError(f"{OP}: padding_idx must be an int or None, got {kind}")
+    if not 0 <= padding_idx < V:
+        raise ValueError(f"{OP}: padding_idx must lie in [0, {V}), got {padding_idx}")
+    return padding_idx
+
+
+def _prepare(ids, weight, lora_a, lora_b, *, scale, padding_idx=None):
     """The op's arguments, checked."""
     ids = check_ids(OP, "ids", ids)
     check_table(OP, weight)
@@ -159,6 +178,7 @@ def _prepare(ids, weight, lora_a, lora_b, *, scale):
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
         check.check_tensor(OP, name, t)
     check.check_scale(OP, scale)
+    padding_idx = _check_padding(padding_idx, V)
     check.check_shape(OP, "lora_a", lora_a, (None, V), "[R, V]")
     R = lora_a.shape[0]
     if R == 0:
@@ -171,7 +191,7 @@ def _prepare(ids, weight, lora_a, lora_b, *, scale):
     if isinstance(scale, Tensor):
         # So that the value of a scale that lives on the device is never read by the host.
         lora_b, scale = lora_b * scale.to(lora_b.device), 1.0
-    return ids, weight, lora_a, lora_b, float(scale)
+    return ids, weight, lora_a, lora_b, float(scale), padding_idx
 
 
 def lora_embedding(
@@ -181,6 +201,7 @@ def lora_embedding(
     lora_b: Tensor,
     *,
     scale: float | Tensor,
+    padding_idx: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = E[ids] + scale * A^T[ids] B^T: an embedding adapted by token (LoRA, arXiv 2106.09685).
@@ -194,27 +215,29 @@ def lora_embedding(
     are float32 masters: the product is made in weight's dtype, and a master's gradient comes back
     in float32.
 
-    scale is a number or a 0-d tensor. backend: "triton" or "torch" runs there or raises; None takes
-    the best that is proved (see fused_lora.why).
+    scale is a number or a 0-d tensor. padding_idx is a word whose rows of E and of A^T get no
+    gradient, as in nn.Embedding; they are read like all others. backend: "triton" or "torch" runs
+    there or raises; None takes the best that is proved (see fused_lora.why).
 
     Gradients: lora_a (dense, zero for words that are not in ids), lora_b, and weight, whichever
     require it; once differentiable, and the same from run to run: the tokens of one word are added
     in their order. Saved for them are the inputs alone.
 
-    Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, backend),
-    IndexError (an id outside of [0, V), on a CPU; on a GPU the torch backend asserts there, and the
-    triton backend makes the row NaN), NotImplementedError (tensor subclass, sparse layout,
-    forward-mode AD), RuntimeError (a backend that was asked for and cannot run, with the reason).
+    Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, padding_idx,
+    backend), IndexError (an id outside of [0, V), on a CPU; on a GPU the torch backend asserts
+    there, and the triton backend makes the row NaN), NotImplementedError (tensor subclass, sparse
+    layout, forward-mode AD), RuntimeError (a backend that was asked for and cannot run, with the
+    reason).
     """
     backend = dispatch.choose(backend)
-    args = _prepare(ids, weight, lora_a, lora_b, scale=scale)
+    args = _prepare(ids, weight, lora_a, lora_b, scale=scale, padding_idx=padding_idx)
     with without_autocast(weight):
         if torch.is_grad_enabled() and any(t.requires_grad for t in args[1:4]):
             return LoRAEmbeddingFunction.apply(*args, backend)
         run: Callable = (
             torch.ops.fused_lora.lora_embedding if dispatch.watched(weight) else _forward
         )
-        return run(*args, backend)
+        return run(*args[:5], backend)
 
 
 @dispatch.explains(OP)

@@ -275,7 +275,9 @@ class LoRALinearFunction(torch.autograd.Function):
         y, h = forward(
             x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend, columns
         )
-        ctx.save_for_backward(x, weight, lora_a, lora_b, gate, h, seed)
+        # Under autocast it is a copy, which lives no longer than it must.
+        kept = weight if any(ctx.needs_input_grad[:2]) else None
+        ctx.save_for_backward(x, kept, lora_a, lora_b, gate, h, seed)
         ctx.scale, ctx.dropout_p, ctx.columns, ctx.backend = scale, dropout_p, columns, backend
         return y
 
@@ -284,6 +286,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:6]
         x, weight, lora_a, lora_b, gate, h, seed = ctx.saved_tensors
+        weight = dy.new_empty(0) if weight is None else weight
         backward = torch.ops.fused_lora.lora_linear_backward if dispatch.watched(x) else _backward
         grads = backward(
             dy, x, weight, lora_a, lora_b, gate, h, seed, ctx.scale, ctx.dropout_p, needs,

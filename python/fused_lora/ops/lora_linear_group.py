@@ -308,7 +308,12 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         ys, h = forward(
             x, weights, lora_as, lora_bs, biases, gates, seed, scales, dropout_p, save_h, backend
         )
-        ctx.save_for_backward(x, seed, h, *weights, *lora_as, *lora_bs, *gates)
+        # As in lora_linear.
+        kept = [
+            w if ctx.needs_input_grad[0] or need else None
+            for w, need in zip(weights, ctx.needs_input_grad[6:], strict=False)
+        ]
+        ctx.save_for_backward(x, seed, h, *kept, *lora_as, *lora_bs, *gates)
         ctx.n, ctx.scales, ctx.dropout_p, ctx.backend = n, scales, dropout_p, backend
         ctx.save_h = save_h
         return tuple(ys)
