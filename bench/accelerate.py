@@ -8,11 +8,8 @@ round, in a new order each. The copy stands behind a gate: without dropout its o
 may err against fp64 twice as much as PEFT's, or it is refused by name and the exit status is 1.
 """
 
-import argparse
 import contextlib
 import copy
-import json
-import os
 import random
 import statistics
 import sys
@@ -22,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fused_lora.bench.measure import Spread
+from fused_lora.bench import claims
 from fused_lora.bench.report import machine
-from fused_lora.bench.run import progress
+from fused_lora.bench.run import Parser, progress
 from fused_lora.bench.step import STAGES as STEPS
 from fused_lora.bench.step import StepCase, gate, llama
 from torch import Tensor, nn
@@ -32,6 +29,7 @@ from torch import Tensor, nn
 import fused_lora as fl
 
 NAME = "accelerate"
+TITLE = "fl.accelerate beside PEFT"
 BASELINE, AGAIN, OURS = "PEFT", "PEFT again", "accelerated"
 R = 16
 
@@ -206,8 +204,7 @@ class Contest:
 
 def ratio(row: dict, name: str = OURS) -> float:
     """The median, over the rounds, of the time over PEFT's."""
-    pairs = zip(row["seconds"][name], row["seconds"][BASELINE], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    return claims.ratio(row["seconds"], name, BASELINE)
 
 
 def noise(rows: list[dict]) -> float:
@@ -216,8 +213,9 @@ def noise(rows: list[dict]) -> float:
     return apart[int(0.95 * (len(apart) - 1))]
 
 
-def verdicts(rows: list[dict]) -> list[tuple[str, str, bool]]:
-    """(claim, what the numbers say, whether they bear it out)."""
+def verdicts(results: dict) -> list[tuple[str, str, bool]]:
+    """(the claim, what was measured, whether it holds)."""
+    rows = results["rows"]
     timed = [row for row in rows if not row["refused"]]
     if not timed:
         return [("it runs", "every row is refused", False)]
@@ -238,9 +236,8 @@ def verdicts(rows: list[dict]) -> list[tuple[str, str, bool]]:
 
 def markdown(results: dict) -> str:
     rows = results["rows"]
-    lines = [f"# {NAME}", "", *(f"- {k}: {v}" for k, v in results["machine"].items()), ""]
+    lines = claims.heading(results)
     lines += [f"- noise: PEFT timed twice, within {noise(rows):.1%} in 95 % of rows"]
-    lines += [f"- {claim}: {'yes' if ok else 'NO'}; {found}" for claim, found, ok in verdicts(rows)]
     for key in ("options", "precision"):
         for kind in dict.fromkeys(row[key] for row in rows):
             some = [ratio(row) for row in rows if row[key] == kind and not row["refused"]]
@@ -256,43 +253,29 @@ def markdown(results: dict) -> str:
     for row in rows:
         cells = [row["label"]]
         for name in (BASELINE, OURS):
-            spread = Spread.of(row["seconds"].get(name, [0.0, 0.0]))
-            p20, p50, p80 = (f"{1e3 * value:.3g}" for value in spread)
-            cells.append(f"{p50} [{p20} - {p80}]" if name in row["seconds"] else "-")
+            found = row["seconds"].get(name)
+            cells.append(claims.milliseconds(found) if found else "-")
         slow = not row["refused"] and ratio(row) > 1 + noise(rows)
         cells.append(row["refused"] or f"{ratio(row):.2f}" + " SLOWER" * slow)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *claims.answers(verdicts(results))]) + "\n"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m fused_lora.bench.{NAME}", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--stage", choices=sorted(STAGES), default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of the rounds of one case")
-    chosen = parser.parse_args(arguments)
-    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {chosen.device}: torch sees no CUDA device")
-    return chosen
+def save(results: dict, folder: Path) -> Path:
+    """Write accelerate.json and .md; returns their path without suffix."""
+    return claims.save(results, markdown(results), folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    chosen = parse(arguments)
-    device = torch.device(chosen.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    parser = Parser("python -m fused_lora.bench.accelerate", __doc__)
+    parser.add_argument("--stage", choices=sorted(STAGES), default="cpu")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of the rounds of one case")
+    chosen = parser.chosen(arguments)
     cases = progress(STAGES[chosen.stage])
-    rows = [Contest(case, device).measure(chosen.seconds) for case in cases]
-    results = {"op": NAME, "machine": machine(device), "rows": rows}
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    path = chosen.out / f"{NAME}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    text = markdown(results)
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    rows = [Contest(case, chosen.device).measure(chosen.seconds) for case in cases]
+    results = {"op": NAME, "machine": machine(chosen.device), "rows": rows}
+    save(results, chosen.out)
+    print(markdown(results))
     refused = [f"REFUSED {row['label']}: {row['refused']}" for row in rows if row["refused"]]
     print(*refused, sep="\n", end="", file=sys.stderr)
     return 1 if refused else 0

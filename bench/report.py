@@ -30,7 +30,7 @@ from fused_lora.bench.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-CLAIMS = "methods", "dept"  # modules that measure what papers claim, with results of their own form
+CLAIMS = "methods", "dept", "accelerate"  # modules with claims, and results of their own form
 SETTINGS = "FUSED_LORA_BENCH", "OMP_NUM_THREADS"
 MODE_WORDS = {
     "cold": "CUDA graph, inputs not in the L2 cache",
@@ -411,7 +411,7 @@ def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
 
 
 def committed_claims(results: Path = RESULTS) -> list[tuple[Path, dict]]:
-    """(path without suffix, results) of what CLAIMS measured, on every machine."""
+    """(path without suffix, results) of what those of CLAIMS measured, on every machine."""
     paths = [path for op in CLAIMS for path in sorted(results.glob(f"*/{op}.json"))]
     return [(path.with_suffix(""), json.loads(path.read_text())) for path in paths]
 

@@ -28,7 +28,7 @@ def test_a_whole_run_at_tiny_sizes(tmp_path, capsys):
         assert all(len(s) == accelerate.ROUNDS[0] and min(s) > 0 for s in row["seconds"].values())
     text = (tmp_path / "accelerate.md").read_text()
     assert text == accelerate.markdown(found) and text.strip() in capsys.readouterr().out
-    assert text.count("\n| ") == 1 + len(found["rows"])
+    assert text.count("\n| ") == 1 + len(found["rows"]) + 4  # and the answers
 
 
 def test_a_wrong_gradient_is_not_timed(monkeypatch):
@@ -42,8 +42,9 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     row = accelerate.Contest(case, CPU).measure(0.0)
     assert row["refused"].startswith("its gradients differ from fp64 by")
     assert set(row["seconds"]) == {"PEFT", "PEFT again"}
-    assert row["refused"] in accelerate.markdown({"machine": {}, "rows": [row]})
-    assert accelerate.verdicts([row]) == [("it runs", "every row is refused", False)]
+    results = {"op": accelerate.NAME, "machine": {}, "rows": [row]}
+    assert row["refused"] in accelerate.markdown(results)
+    assert accelerate.verdicts(results) == [("it runs", "every row is refused", False)]
 
 
 def known(*ratios, again=1.02):
@@ -74,6 +75,7 @@ def known(*ratios, again=1.02):
 )
 def test_claims_are_answered_by_the_numbers(ratios, holds):
     rows = known(*ratios)
+    results = {"op": accelerate.NAME, "machine": {}, "rows": rows}
     assert accelerate.noise(rows) == pytest.approx(0.02)
-    assert [ok for *_, ok in accelerate.verdicts(rows)] == holds
-    assert accelerate.markdown({"machine": {}, "rows": rows}).count("SLOWER") == (not holds[0])
+    assert [ok for *_, ok in accelerate.verdicts(results)] == holds
+    assert accelerate.markdown(results).count("SLOWER") == (not holds[0])

@@ -203,7 +203,7 @@ def test_b_a_is_never_whole(monkeypatch):
 
 
 def test_saved_bytes():
-    x, weight, a, b, magnitude, bias = leaves(make((50,)), (False, False, True, True, True, False))
+    x, weight, a, b, magnitude, bias = leaves(make((50,)), (True, False, True, True, True, False))
     base = 50 * 10 + 6 * 10 + 3 * 10 + 6 * 3 + 50 * 3  # lora_linear's: x, the weights, h
     size, _ = saved_bytes(lambda: fl.dora_linear(x, weight, a, b, magnitude, bias, scale=1.0))
     assert size == 4 * (base + 50 * 6 + 6 + 6)  # the product, the factor, the norms
