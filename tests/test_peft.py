@@ -426,10 +426,10 @@ def test_no_more_is_saved_for_the_backward_than_by_peft(family, options, dtypes)
     assert 0 < ours <= theirs and not report.fallbacks
 
 
-def curve(model, steps: int = 50) -> torch.Tensor:
+def curve(model, lr: float, steps: int = 50) -> torch.Tensor:
     """The losses of a training, fp64: what a model's dtype is, its logits alone show."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=lr)
     generator = torch.Generator().manual_seed(3)
     losses = []
     for _ in range(steps):
@@ -444,14 +444,15 @@ def curve(model, steps: int = 50) -> torch.Tensor:
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", ["plain", slow("dora")])
-def test_fifty_steps_of_training(options):
-    """The curve is no further from that in fp64 than twice what PEFT's is."""
+@pytest.mark.parametrize("options, lr", [("plain", 1e-2), slow("dora", 2e-3)])
+def test_fifty_steps_of_training(options, lr):
+    """The curve is no further from that in fp64 than twice what PEFT's is. At 1e-2 the training of
+    DoRA makes 1e-2 of rounding errors of 1e-7, PEFT's own too, and says nothing."""
     trained = ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"]
     given = config(target_modules=trained, **OPTIONS[options])
     true, theirs, ours = (model_of(given) for _ in range(3))
     report = fl.accelerate(ours)
-    true, theirs, ours = curve(true.double()), curve(theirs), curve(ours)
+    true, theirs, ours = curve(true.double(), lr), curve(theirs, lr), curve(ours, lr)
     assert not report.fallbacks and ours[-10:].mean() < ours[:10].mean()
     ulps = 4 * torch.finfo(torch.float32).eps * true.max()
     assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + ulps

@@ -636,3 +636,47 @@ def test_others_may_read_what_the_owner_may_read_of_the_config(tmp_path):
     fl.save_adapter(pruned({"q": 2}), tmp_path)
     modes = {(tmp_path / name).stat().st_mode & 0o777 for name in (CONFIG, WEIGHTS)}
     assert len(modes) == 1
+
+
+@pytest.mark.parametrize("keep_base", ["none", "cpu"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_swap_adapter(merged, keep_base, tmp_path):
+    """Another rank and scale, into a model that is merged or not; and back again."""
+    torch.manual_seed(5)
+    first, other = injected(), injected(r=5, lora_alpha=2, use_rslora=True)
+    for model, name in ((first, "first"), (other, "other")):
+        fl.save_adapter(model, tmp_path / name)
+    before, want = first(X), other(X)
+    base = {name: t.clone() for name, t in build().state_dict().items()}
+    if merged:
+        fl.merge(first, keep_base=keep_base)
+    assert fl.swap_adapter(first, tmp_path / "other") is first
+    assert all(m.merged is merged and m.r == 5 for m in adapters(first).values())
+    torch.testing.assert_close(first(X), want, rtol=1e-4, atol=1e-5)
+    fl.save_adapter(first, tmp_path / "again")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    fl.swap_adapter(first, tmp_path / "first")
+    torch.testing.assert_close(first(X), before, rtol=1e-4, atol=1e-5)
+    if merged and keep_base == "cpu":
+        fl.unmerge(first)
+        assert all(torch.equal(first.state_dict()[name], t) for name, t in base.items())
+
+
+def test_a_swap_that_does_not_fit_changes_nothing(tmp_path):
+    fl.save_adapter(injected(targets=["q", "up"]), tmp_path / "fewer")
+    fl.save_adapter(injected(model=build(blocks=3)), tmp_path / "deeper")
+    fl.save_adapter(injected(bias="all"), tmp_path / "biases")
+    model = injected()
+    fl.merge(model)
+    before = {name: t.clone() for name, t in model.named_parameters()}
+    for folder, words in {
+        "fewer": "has no adapter for .* more of the model's",
+        "deeper": r"the model has no adapted layer 'layers\.2\.\w+'; nearest: ",
+        "biases": "holds more than adapters, .*, which a swap would leave alone",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            fl.swap_adapter(model, tmp_path / folder)
+        assert all(torch.equal(t, before[name]) for name, t in model.named_parameters())
+    with pytest.raises(ValueError, match="model has no adapter to swap"):
+        fl.swap_adapter(build(), tmp_path / "fewer")

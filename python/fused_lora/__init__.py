@@ -2,7 +2,7 @@
 
 from fused_lora import nn, optim, reference
 from fused_lora.bank import AdapterBank
-from fused_lora.checkpoint import load_adapter, save_adapter
+from fused_lora.checkpoint import load_adapter, save_adapter, swap_adapter
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
 from fused_lora.integrations.peft import accelerate, restore
 from fused_lora.ops.dept_embedding import dept_embedding
@@ -41,6 +41,7 @@ __all__ = [
     "reference",
     "restore",
     "save_adapter",
+    "swap_adapter",
     "unmerge",
     "use_backend",
     "why",

@@ -234,8 +234,46 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     return whole
 
 
-def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
-    """The file's layers are those of an adapted model."""
+@torch.no_grad()
+def swap_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.nn.Module:
+    """Give an adapted model the adapter in the folder dir in place of its own; returns model.
+
+        W <- round(W - s B diag(g) A + s' B' diag(g') A')          in the layers that are merged
+
+    Layer by layer it is LoRALinear.swap: a merged layer stays merged, without a second W0, or is
+    made anew, without drift, from the W0 that merge kept. The layers must be those of the folder;
+    ranks and scales may differ. Where the rank stays the values are copied into the Parameters that
+    are there, else those are new ones. A layer that has a gate takes an adapter without gates with
+    gates of one.
+
+    The folder is not trusted. Nothing of model is changed where one of these is raised: what
+    read_adapter raises; ValueError for a model without adapters, for layers and shapes that do not
+    fit, with the nearest names, and for a folder with biases or modules_to_save; TypeError for a
+    layer of an unknown class; RuntimeError on the meta device; NotImplementedError for sharded
+    parameters.
+    """
+    layers = _adapted(_names(_unwrapped(model)))
+    if not layers:
+        raise ValueError("model has no adapter to swap; fl.load_adapter puts one into it")
+    adapter = read_folder(Path(dir))
+    if adapter.others:
+        raise ValueError(
+            f"{dir} holds more than adapters, {', '.join(sorted(adapter.others)[:3])}, which a "
+            f"swap would leave alone; load it into a model of its own"
+        )
+    _check_layers(dir, adapter, layers, swap=True)
+    for name, weights in adapter.layers.items():
+        layer = layers[name]
+        layer.use_rslora = bool(adapter.config.get("use_rslora"))
+        layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
+    return model
+
+
+def _check_layers(
+    dir, adapter: Adapter, layers: Mapping[str, Layer], *, swap: bool = False
+) -> None:
+    """The file's layers are those of an adapted model, and so are their ranks but for a swap, which
+    takes merged layers too."""
     if unknown := [name for name in adapter.layers if name not in layers]:
         raise ValueError(
             f"{dir}: the model has no adapted layer {unknown[0]!r}; nearest: "
@@ -253,17 +291,19 @@ def _check_layers(dir, adapter: Adapter, layers: Mapping[str, Layer]) -> None:
             raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
         if isinstance(layer, LoRALinear):
             layer.check_values(name)
-        if isinstance(layer, LoRALinear) and layer.merged:
+        if not swap and isinstance(layer, LoRALinear) and layer.merged:
             raise RuntimeError(f"{name} is merged; call fl.unmerge(model) before loading into it")
         if weights.gate is not None and layer.gate is None:
             raise ValueError(
                 f"{dir} has a gate for {name}, which is a {type(layer).__name__}; fold the gates "
                 f"first: fused-lora convert {shlex.quote(str(dir))} {shlex.quote(f'{dir}-folded')}"
             )
-        for part in ("lora_a", "lora_b"):
-            mine, t = getattr(layer, part), getattr(weights, part)
-            _check_shape(f"{dir}: {part} of {name}", t, mine.shape)
-            _check_cast(f"{dir}: {part} of {name}", t, mine.dtype)
+        R = weights.lora_a.shape[0] if swap else layer.r
+        shapes = {"lora_a": (R, layer.in_features), "lora_b": (layer.out_features, R)}
+        for part, shape in shapes.items():
+            t = getattr(weights, part)
+            _check_shape(f"{dir}: {part} of {name}", t, shape)
+            _check_cast(f"{dir}: {part} of {name}", t, getattr(layer, part).dtype)
 
 
 def _check_shape(what: str, t: Tensor, shape: Iterable[int]) -> None:
