@@ -39,7 +39,9 @@ def test_why_agrees_with_the_call():
 
 
 def test_why_of_an_unknown_op():
-    known = "dept_embedding, lora_add, lora_embedding, lora_linear, lora_linear_group, "
+    known = (
+        "dept_embedding, dora_linear, lora_add, lora_embedding, lora_linear, lora_linear_group, "
+    )
     known += "multi_lora_linear, soft_threshold_"
     with pytest.raises(ValueError, match=f"op must be one of {known}, got 'lora_conv'"):
         fl.why("lora_conv")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import backends, dtypes, fuzz, layouts
 from conftest import DEVICE
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +71,8 @@ def check_against_fp64(tensors, dy, backend):
 @fuzz(12)
 def test_any_shape(backend, M, N, K, R, dtype, layout, dy_layout, biased):
     tensors = make((M,), N, K, R, dtype=dtype, layout=layout)
+    rows = tensors[1].double().norm(dim=1)
+    assume(bool((true_norms(*tensors[1:4]) > 0.3 * rows).all()))  # where B A undoes one see below
     tensors[4] = tensors[4].float()  # as PEFT holds it; gradients of 16 bits are rounded once more
     if not biased:
         tensors[5] = None

@@ -1457,7 +1457,7 @@ def test_every_test_passes_without_a_fault(tmp_path):
     assert outcomes == [PASSED] * len(tests), printed
 
 
-@pytest.mark.parametrize("name", some(FAULTS, 4))
+@pytest.mark.parametrize("name", some(FAULTS, 8))
 def test_fault_is_caught(name, tmp_path):
     fault = FAULTS[name]
     outcomes, printed = run_tests(copy_package(PACKAGE, KERNELS, tmp_path, fault), [fault.test])
@@ -1466,7 +1466,7 @@ def test_fault_is_caught(name, tmp_path):
 
 
 @pytest.mark.skipif(CUDA_REFUSES is not None, reason=str(CUDA_REFUSES))
-@pytest.mark.parametrize("name", some(CUDA_FAULTS, 8))
+@pytest.mark.parametrize("name", some(CUDA_FAULTS, 16))
 def test_fault_in_csrc_is_caught(name, tmp_path):
     fault, csrc = CUDA_FAULTS[name], tmp_path / "csrc"
     shutil.copytree(emulated.CSRC, csrc)
@@ -1480,7 +1480,7 @@ def test_fault_in_csrc_is_caught(name, tmp_path):
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
-@pytest.mark.parametrize("name", some(HOPPER_FAULTS, 13))
+@pytest.mark.parametrize("name", some(HOPPER_FAULTS, 26))
 def test_fault_in_the_hopper_kernel_is_caught(name, tmp_path):
     fault, csrc = HOPPER_FAULTS[name], tmp_path / "csrc"
     shutil.copytree(emulated.CSRC, csrc)

@@ -107,6 +107,11 @@ def test_output_and_gradients_are_those_of_the_dequantised_base(make, dtype, gat
     )
 
 
+def live_tensors() -> list[torch.Tensor]:
+    """By type: isinstance would ask a weak proxy of what is gone."""
+    return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+
+
 @every_base
 def test_what_is_kept_for_the_backward(make):
     """x, A, B and h; of the weight bitsandbytes keeps no wide copy, torchao the one it makes."""
@@ -116,9 +121,9 @@ def test_what_is_kept_for_the_backward(make):
     size, _ = saved_bytes(lambda: layer(x))
     of_base, _ = saved_bytes(lambda: base(x))
     assert size - of_base <= 4 * (M * K + R * K + N * R + M * R)
-    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    before = set(map(id, live_tensors()))
     y = layer(x)
-    held = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before]
+    held = [t for t in live_tensors() if id(t) not in before]
     wide = [t for t in held if t.shape == weight.shape and t.is_floating_point()]
     assert y.requires_grad and not wide
     if type(base) is not torch.nn.Linear:
