@@ -47,8 +47,8 @@ register_random(TORCH_RANDOM)
 
 def fuzz(examples: int):
     """Random cases; a failing one is printed with the line that reproduces it. So many on a CPU in
-    the full extent, a third in the quick one, and ten times as many on a GPU."""
-    times = 10 if DEVICE == "cuda" else 1 if EXTENT == "full" else 1 / 3
+    the full extent, a quarter in the quick one, and ten times as many on a GPU."""
+    times = 10 if DEVICE == "cuda" else 1 if EXTENT == "full" else 1 / 4
     return settings(
         max_examples=round(times * examples),
         deadline=None,
