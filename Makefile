@@ -13,7 +13,7 @@ demo: extension ## a small model with adapters, from injection to merge
 	$(VENV) examples/demo.py
 
 # Two workers, where pytest-xdist is installed: a GPU machine may not have it.
-test: extension ## the quick suite, without a GPU (11 minutes on 2 cores)
+test: extension ## the quick suite, without a GPU
 	$(PYTEST) tests $$($(VENV) -c 'import importlib.util as u; print("-n 2" if u.find_spec("xdist") else "")')
 	@echo "make test: all tests passed"
 
