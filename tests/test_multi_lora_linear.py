@@ -116,7 +116,7 @@ def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed, decode
 
 
 @backends
-@pytest.mark.parametrize("kind", ["equal", slow("different"), slow("none"), "zipf", "some"])
+@pytest.mark.parametrize("kind", [slow("equal"), slow("different"), slow("none"), "zipf", slow("some")])
 @pytest.mark.parametrize("id_dtype", [torch.int64, slow(torch.int32)])
 def test_ragged_ranks(backend, kind, id_dtype):
     check(make(70, 150, 50, RAGGED), ids_of(kind, 70, len(RAGGED), id_dtype), backend)
@@ -136,8 +136,8 @@ def test_decoding(kind):
     check(make(7, 600, 270, RAGGED), ids, "triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "step2", "expanded", "misaligned"])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), *DTYPES[1:]], ids=str)
+@pytest.mark.parametrize("layout", [slow("contiguous"), "transposed", "step2", "expanded", "misaligned"])
 def test_decoding_of_any_layout(dtype, layout):
     check(make(9, 129, 65, RAGGED, dtype=dtype, layout=layout), ids_of("some", 9, 7), "triton")
 
@@ -335,7 +335,7 @@ def test_bitwise_repeatable_and_inputs_untouched(backend):
         run, fl.multi_lora_linear, tensors, ids, dy, backend=backend, dropout_p=0.3, seed=1
     )
     first = call()
-    for _ in range(5):
+    for _ in range(2):
         assert all(torch.equal(u, v) for u, v in zip(first, call(), strict=True))
     assert all(torch.equal(u, v) for u, v in zip(before, tensors, strict=True))
 

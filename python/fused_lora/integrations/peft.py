@@ -75,8 +75,13 @@ def _strict() -> bool:
 
 
 def _hooks(module: torch.nn.Module) -> bool:
-    found = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    return any(found) or bool(module._backward_pre_hooks) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def _inner_reason(layer, x: Tensor, parts: list[torch.nn.Module], tensors: list[Tensor]):
@@ -169,6 +174,38 @@ class _LinearForm:
             return "a mixed batch, with lora_bias"
         return None
 
+    @staticmethod
+    def usual(layer, x: Tensor) -> Tensor | None:
+        """What forward gives, only where there is one plain adapter and none of the reasons above
+        holds; else None.
+
+        Most calls are such, and small ones last no longer than the reasons: one look at each part.
+        """
+        active, modules = layer.active_adapters, layer._modules
+        if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
+            return None
+        (name,), base = active, modules["base_layer"]
+        a, b, dropout = (
+            modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
+        )
+        linear, dropouts = torch.nn.Linear, (torch.nn.Identity, torch.nn.Dropout)
+        if not type(base) is type(a) is type(b) is linear or type(dropout) not in dropouts:
+            return None
+        if layer.fan_in_fan_out or _hooks(base) or _hooks(a) or _hooks(b) or _hooks(dropout):
+            return None
+        weight, lora_a, lora_b = (part._parameters.get("weight") for part in (base, a, b))
+        if not check.all_plain(x, weight, lora_a, lora_b):
+            return None
+        known = weight.dtype, torch.float32
+        if not (weight.dtype in check.DTYPES and lora_a.dtype in known and lora_b.dtype in known):
+            return None
+        if x.dtype != weight.dtype and not check.autocasting(x):
+            return None
+        p = dropout.p if dropout.training and type(dropout) is torch.nn.Dropout else 0.0
+        bias, left = (base.bias, []) if b.bias is None else _folded(layer, x, [name])
+        y = lora_linear(x, weight, lora_a, lora_b, bias, scale=layer.scaling[name], dropout_p=p)
+        return _add_biases(y, layer, left)
+
     @classmethod
     def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
         """The base layer and the sum of these adapters."""
@@ -179,11 +216,11 @@ class _LinearForm:
         # Side by side in one lora_linear they would be copies, which the backward would keep.
         (a, b, scale), *others = cls.tensors(layer, names)
         p, *drops = [_probability(layer, name) for name in names]
-        base = layer.get_base_layer()
-        y = lora_linear(x, base.weight, a, b, base.bias, scale=scale, dropout_p=p)
+        bias, left = _folded(layer, x, names)
+        y = lora_linear(x, layer.get_base_layer().weight, a, b, bias, scale=scale, dropout_p=p)
         for (a, b, scale), p in zip(others, drops, strict=True):
             y = lora_add(y, x, a, b, scale=scale, dropout_p=p)
-        return _add_biases(y, layer, names)
+        return _add_biases(y, layer, left)
 
     @staticmethod
     def tensors(layer, names: list[str]) -> list[tuple[Any, Any, Any]]:
@@ -200,12 +237,25 @@ def _dora_caching(layer) -> bool:
     return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
 
 
+def _folded(layer, x: Tensor, names: list[str]) -> tuple[Tensor | None, list[str]]:
+    """(the base layer's bias with those of lora_bias, the adapters of which it lacks them).
+
+    In 16 bits they are added to the output: folded, they would be rounded once for all rows.
+    """
+    bias = layer.get_base_layer().bias
+    given = [name for name in names if layer.lora_B[name].bias is not None]
+    if x.dtype.itemsize < 4 or check.autocasting(x):
+        return bias, given
+    for name in given:
+        own = layer.lora_B[name].bias * layer.scaling[name]
+        bias = own if bias is None else bias + own
+    return bias, []
+
+
 def _add_biases(y: Tensor, layer, names: list[str]) -> Tensor:
-    """y with those of lora_bias, in place. Folded into the base layer's bias they would be rounded
-    with it, which is the same error in every row."""
+    """y with those of lora_bias, in place."""
     for name in names:
-        if (bias := layer.lora_B[name].bias) is not None:
-            y.add_(bias * layer.scaling[name])
+        y.add_(layer.lora_B[name].bias * layer.scaling[name])
     return y
 
 
@@ -224,7 +274,8 @@ def _dora(layer, x: Tensor, name: str) -> Tensor:
 def _together(layers: list[Any], x: Tensor) -> list[Tensor] | None:
     """What these layers make of x, in one call; None where one of them is not in a state for
     that."""
-    form, projections, active = _LinearForm, [], []
+    form, projections = _LinearForm, []
+    left: list[list[str]] = []
     for layer in layers:
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         # What stands before a later layer's forward has not run yet.
@@ -236,12 +287,12 @@ def _together(layers: list[Any], x: Tensor) -> list[Tensor] | None:
         if any(form.is_dora(layer, name) or _probability(layer, name) for name in names):
             return None
         (adapter,) = form.tensors(layer, names) or [(None, None, 1.0)]
-        base = layer.get_base_layer()
-        projections.append((base.weight, base.bias, *adapter))
-        active.append(names)
+        bias, lacking = _folded(layer, x, names)
+        projections.append((layer.get_base_layer().weight, bias, *adapter))
+        left.append(lacking)
     weights, biases, lora_as, lora_bs, scales = map(list, zip(*projections, strict=True))
     ys = lora_linear_group(x, weights, lora_as, lora_bs, biases, scales=scales)
-    return [_add_biases(*one) for one in zip(ys, layers, active, strict=True)]
+    return [_add_biases(*one) for one in zip(ys, layers, left, strict=True)]
 
 
 class _EmbeddingForm:
@@ -294,6 +345,10 @@ class _EmbeddingForm:
                 return reason
             tensors += [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
         return _inner_reason(layer, ids, [base], tensors)
+
+    @staticmethod
+    def usual(layer, ids: Tensor) -> Tensor | None:
+        return None
 
     @staticmethod
     def forward(layer, ids: Tensor, names: list[str]) -> Tensor:
@@ -370,6 +425,10 @@ class _Accelerated:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         layer: Any = self
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            if "fused_lora_group" not in vars(layer):
+                if (y := self.FORM.usual(layer, x)) is not None:
+                    return y
         mixed = kwargs.get("adapter_names")
         if layer.disable_adapters or (layer.merged and mixed is None):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

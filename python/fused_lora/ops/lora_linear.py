@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from fused_lora import reference
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
+from fused_lora.ops.dropout import dropout_mask
 
 REFUSALS = {
     "cuda": dispatch.cuda_refuses,
@@ -119,7 +120,7 @@ def _masked(x, seed, dropout_p, columns=None):
     """(x with the dropped elements at zero, the mask, 1 / (1 - p)); without a seed x itself."""
     if seed is None:
         return x, None, 1.0
-    keep = reference.dropout_mask(seed, *x.shape, dropout_p, columns)
+    keep = dropout_mask(seed, *x.shape, dropout_p, columns)
     return torch.where(keep, x, 0), keep, reference.dropout_scale(dropout_p)
 
 
