@@ -5,6 +5,11 @@ Both must be asked for before the kernels are imported.
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two test processes, and what they start, share two cores. torch and numpy read it once.
+    for library in ("OMP", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 import emulated
 import pytest
 import torch
@@ -18,7 +23,6 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     if "FUSED_LORA_EMULATED" not in os.environ and emulated.why_not() is None:
         os.environ["FUSED_LORA_EMULATED"] = str(emulated.build())
-    # Two test processes share two cores.
     torch.set_num_threads(1)
 
 # "full" repeats what the quick run says at more sizes, faults and compiled forms.

@@ -63,12 +63,13 @@ def build(flags: tuple[str, ...] = (), other: Path | None = None, stem: str = ""
     ]
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = {}
-    for source in sorted(CSRC.glob("*.cu")):
+    for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*_cpu.cpp")]):
         if other is not None and source.stem == stem:
             source = other / source.name
         key = hashlib.sha256(" ".join([str(torch), version, *flags]).encode())
         shared = [*sorted(source.parent.glob("common/*")), *sorted(EMULATOR.glob("*.h"))]
-        for path in (source, source.with_suffix(".cuh"), *shared):
+        header = source.with_suffix(".cuh")
+        for path in (source, *([header] if header.exists() else []), *shared):
             key.update(path.read_bytes())
         objects[source] = BUILD / f"{source.stem}-{key.hexdigest()[:16]}.o"
     # Of an inline function that several files define, the linker takes the first.

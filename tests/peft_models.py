@@ -1,6 +1,7 @@
 """PEFT models of every family, and what the tests compare of them."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -142,3 +143,33 @@ def saved_storages(model, batch, **options) -> int:
         logits = model(**batch, **options).logits
     del logits
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_bytes(call) -> int:
+    """The most that torch's allocator has given out at once in call(), beside what was there."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    given = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in given))
+
+
+def trained_peak(model, batch) -> int:
+    """Of a forward and a backward, the gradients among it."""
+
+    def call():
+        model(**batch).logits.square().mean().backward()
+
+    model.zero_grad(set_to_none=True)
+    peak = peak_bytes(call)
+    model.zero_grad(set_to_none=True)
+    return peak

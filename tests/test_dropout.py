@@ -10,8 +10,9 @@ from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_lora import reference
+from fused_lora import _extension, reference
 from fused_lora.ops import dispatch
+from fused_lora.ops.dropout import dropout_mask
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "philox.json").read_text())
 
@@ -63,6 +64,30 @@ def test_columns_of_a_wider_input_take_its_mask(kernels, M, first, K, more, seed
     lanes = torch.arange(8, device=DEVICE)
     keep = (bits[:, :, None] >> lanes & 1).bool().reshape(M, bits.shape[1] * 8)[:, :K]
     assert torch.equal(keep, whole)
+
+
+@pytest.mark.skipif(_extension.why_missing() is not None, reason=str(_extension.why_missing()))
+@given(
+    M=sizes, first=st.integers(0, 40), K=sizes, more=st.integers(0, 30), seed=seeds,
+    p=st.sampled_from((0.0, *DROPOUTS, 1.0)),
+)  # fmt: skip
+@fuzz(100)
+def test_mask_of_the_torch_backend(M, first, K, more, seed, p):
+    """One C++ loop makes it on a CPU: whole inputs, and columns of a wider one."""
+    seed_t = torch.tensor([seed])
+    for columns in (None, (8 * first, 8 * first + K + more)):
+        keep = dropout_mask(seed_t, M, K, p, columns)
+        assert torch.equal(keep, reference.dropout_mask(seed_t, M, K, p, columns))
+
+
+@pytest.mark.skipif(_extension.why_missing() is not None, reason=str(_extension.why_missing()))
+def test_the_c_plus_plus_loop_is_what_runs(monkeypatch):
+    def not_meant(*args):
+        raise AssertionError("the mask was made by torch's operations")
+
+    monkeypatch.setattr(reference, "dropout_mask", not_meant)
+    kept = dropout_mask(torch.tensor([3]), 2**12, 2**10, 0.5).float().mean().item()
+    assert abs(kept - 0.5) < 5 * 0.5 / 2**11  # standard deviations
 
 
 @pytest.mark.parametrize("p", [0.0001, *DROPOUTS, 0.9])

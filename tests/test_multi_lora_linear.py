@@ -116,7 +116,9 @@ def test_any_shape(backend, M, K, N, ranks, kind, dtype, layout, p, seed, decode
 
 
 @backends
-@pytest.mark.parametrize("kind", [slow("equal"), slow("different"), slow("none"), "zipf", slow("some")])
+@pytest.mark.parametrize(
+    "kind", [slow("equal"), slow("different"), slow("none"), "zipf", slow("some")]
+)
 @pytest.mark.parametrize("id_dtype", [torch.int64, slow(torch.int32)])
 def test_ragged_ranks(backend, kind, id_dtype):
     check(make(70, 150, 50, RAGGED), ids_of(kind, 70, len(RAGGED), id_dtype), backend)
@@ -125,10 +127,10 @@ def test_ragged_ranks(backend, kind, id_dtype):
 @backends
 def test_64_adapters(backend):
     ranks = tuple(RAGGED[i % 5] for i in range(64))
-    check(make(257, 33, 20, ranks), ids_of("some", 257, 64), backend, dropout_p=0.3, seed=3)
+    check(make(130, 33, 20, ranks), ids_of("some", 130, 64), backend, dropout_p=0.3, seed=3)
 
 
-@pytest.mark.parametrize("kind", [slow("equal"), "different", slow("none"), slow("zipf"), "some"])
+@pytest.mark.parametrize("kind", [*map(slow, ("equal", "different", "none", "zipf")), "some"])
 def test_decoding(kind):
     """Few rows and many adapters: every row reads its own, over several splits of K."""
     assert configs.row_by_row(7, 7)
@@ -137,7 +139,9 @@ def test_decoding(kind):
 
 
 @pytest.mark.parametrize("dtype", [slow(torch.float32), *DTYPES[1:]], ids=str)
-@pytest.mark.parametrize("layout", [slow("contiguous"), "transposed", "step2", "expanded", "misaligned"])
+@pytest.mark.parametrize(
+    "layout", [slow("contiguous"), "transposed", "step2", "expanded", "misaligned"]
+)
 def test_decoding_of_any_layout(dtype, layout):
     check(make(9, 129, 65, RAGGED, dtype=dtype, layout=layout), ids_of("some", 9, 7), "triton")
 

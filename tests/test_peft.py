@@ -26,6 +26,7 @@ from peft_models import (
     peft,
     saved_storages,
     tokens,
+    trained_peak,
 )
 from tiny_llama import tiny_llama
 from tiny_models import FAMILIES
@@ -55,6 +56,11 @@ def test_logits_and_gradients(family, options, dtypes):
 def test_sixteen_bits(options):
     model = model_of(config(**OPTIONS[options]), dtype=torch.bfloat16)
     assert not assert_same(model, batches_of("llama", model.dtype)).fallbacks
+
+
+def test_nothing_is_dropped_in_evaluation():
+    model = model_of(config(lora_dropout=0.5)).eval()
+    assert not assert_same(model, batches_of("llama")).fallbacks
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -427,6 +433,37 @@ def test_no_more_is_saved_for_the_backward_than_by_peft(family, options, dtypes)
     assert 0 < ours <= theirs and not report.fallbacks
 
 
+@pytest.mark.parametrize("dtypes", [*DTYPES, "autocast"])
+@pytest.mark.parametrize("options", MEMORY)
+@families
+def test_the_peak_is_no_higher_than_with_peft(family, options, dtypes):
+    """With as many rows as make what the rows need the most of it."""
+    configs = [config(**given) for given in MEMORY[options]]
+    if options == "embedding" and not FAMILIES[family].embedding:
+        pytest.skip("it has no embedding")
+    model = model_of(*configs, family=family, **DTYPES.get(dtypes, {})).train()
+    model.base_model.set_adapter([f"a{i}" for i in range(len(configs))])
+    (batch,) = batches_of(family, model.dtype, n=1, rows=64)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtypes == "autocast"):
+        theirs = trained_peak(model, batch)
+        report = fl.accelerate(model)
+        ours = trained_peak(model, batch)
+    assert 0 < ours <= theirs and not report.fallbacks
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_usual_call_is_the_call_that_all_reasons_were_asked_for(options, monkeypatch):
+    model, batches = model_of(config(**OPTIONS[options])), batches_of("llama", n=1)
+    fl.accelerate(model)
+    form = importlib.import_module("fused_lora.integrations.peft")._LinearForm
+    right, usual = form.usual, []
+    monkeypatch.setattr(form, "usual", lambda *call: usual.append(right(*call)) or usual[-1])
+    want = outputs(model, batches)
+    assert usual and {y is not None for y in usual} == {options != "dora"}
+    monkeypatch.setattr(form, "usual", lambda *call: None)
+    assert equal(outputs(model, batches), want)
+
+
 def curve(model, lr: float, steps: int = 50) -> torch.Tensor:
     """The losses of a training, fp64: what a model's dtype is, its logits alone show."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -569,11 +606,14 @@ def test_calls_that_cannot_be_fused_say_why(case, monkeypatch):
 @pytest.mark.parametrize(
     "options, part",
     [
+        ({}, lambda layer: layer.base_layer),
         ({}, lambda layer: layer.lora_A["a0"]),
+        ({}, lambda layer: layer.lora_B["a0"]),
+        ({}, lambda layer: layer.lora_dropout["a0"]),
         ({"use_dora": True}, lambda layer: layer.lora_magnitude_vector["a0"]),
         ({"target_modules": ["embed_tokens"]}, lambda layer: layer.base_layer),
     ],
-    ids=["lora", "dora", "embedding"],
+    ids=["base", "lora_A", "lora_B", "dropout", "dora", "embedding"],
 )
 def test_hooks_on_inner_layers_are_called(options, part):
     model, seen = model_of(config(**{"target_modules": ["q_proj"], **options})), []

@@ -189,11 +189,15 @@ class _LinearForm:
             modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
         )
         linear, dropouts = torch.nn.Linear, (torch.nn.Identity, torch.nn.Dropout)
+        if a is None or b is None or base is None or dropout is None:
+            return None
         if not type(base) is type(a) is type(b) is linear or type(dropout) not in dropouts:
             return None
         if layer.fan_in_fan_out or _hooks(base) or _hooks(a) or _hooks(b) or _hooks(dropout):
             return None
         weight, lora_a, lora_b = (part._parameters.get("weight") for part in (base, a, b))
+        if weight is None or lora_a is None or lora_b is None:
+            return None
         if not check.all_plain(x, weight, lora_a, lora_b):
             return None
         known = weight.dtype, torch.float32
@@ -202,9 +206,12 @@ class _LinearForm:
         if x.dtype != weight.dtype and not check.autocasting(x):
             return None
         p = dropout.p if dropout.training and type(dropout) is torch.nn.Dropout else 0.0
-        bias, left = (base.bias, []) if b.bias is None else _folded(layer, x, [name])
-        y = lora_linear(x, weight, lora_a, lora_b, bias, scale=layer.scaling[name], dropout_p=p)
-        return _add_biases(y, layer, left)
+        bias: Tensor | None = base._parameters.get("bias")
+        own, scale = b._parameters.get("bias"), layer.scaling[name]
+        if folds := own is not None and _exact(x):
+            bias = _with_own(bias, own, scale)
+        y = lora_linear(x, weight, lora_a, lora_b, bias, scale=scale, dropout_p=p)
+        return y if folds or own is None else _add_biases(y, layer, [name])
 
     @classmethod
     def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
@@ -237,18 +244,29 @@ def _dora_caching(layer) -> bool:
     return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
 
 
-def _folded(layer, x: Tensor, names: list[str]) -> tuple[Tensor | None, list[str]]:
-    """(the base layer's bias with those of lora_bias, the adapters of which it lacks them).
+def _exact(x: Tensor) -> bool:
+    """Whether biases of lora_bias may be folded into the base layer's. In 16 bits they are added to
+    the output: folded, they would be rounded once for all rows."""
+    return x.dtype.itemsize >= 4 and not check.autocasting(x)
 
-    In 16 bits they are added to the output: folded, they would be rounded once for all rows.
-    """
+
+def _with_own(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> Tensor:
+    """bias + scale * own."""
+    if bias is None:
+        return own * scale
+    if isinstance(scale, Tensor):  # for PEFT's hot swap
+        return bias + own * scale
+    return torch.add(bias, own, alpha=scale)
+
+
+def _folded(layer, x: Tensor, names: list[str]) -> tuple[Tensor | None, list[str]]:
+    """(the base layer's bias with those of lora_bias, the adapters of which it lacks them)."""
     bias = layer.get_base_layer().bias
     given = [name for name in names if layer.lora_B[name].bias is not None]
-    if x.dtype.itemsize < 4 or check.autocasting(x):
+    if not _exact(x):
         return bias, given
     for name in given:
-        own = layer.lora_B[name].bias * layer.scaling[name]
-        bias = own if bias is None else bias + own
+        bias = _with_own(bias, layer.lora_B[name].bias, layer.scaling[name])
     return bias, []
 
 
@@ -425,10 +443,11 @@ class _Accelerated:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         layer: Any = self
-        if not (args or kwargs or torch.compiler.is_compiling()):
-            if "fused_lora_group" not in vars(layer):
-                if (y := self.FORM.usual(layer, x)) is not None:
-                    return y
+        alone = not (args or kwargs or "fused_lora_group" in vars(layer))
+        if alone and not torch.compiler.is_compiling():
+            y = self.FORM.usual(layer, x)
+            if y is not None:
+                return y
         mixed = kwargs.get("adapter_names")
         if layer.disable_adapters or (layer.merged and mixed is None):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

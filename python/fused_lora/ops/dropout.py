@@ -18,7 +18,7 @@ _library.define(
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float, columns: Columns = None) -> Tensor:
     """True where element (m, k) of an [M, K] input is kept: bool [M, K] on seed's device."""
-    if not seed.is_cpu or _extension.emulates() or _extension.why_missing() is not None:
+    if not seed.is_cpu or _extension.why_missing() is not None:
         return reference.dropout_mask(seed, M, K, p, columns)
     first, total = columns or (0, K)
     mask = torch.empty(M, K, dtype=torch.uint8)

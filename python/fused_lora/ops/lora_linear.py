@@ -109,7 +109,7 @@ def _backward(
     # for neither.
     dw = dy.t() @ rows if need_dw else None
     dbias = dy.sum(0) if need_dbias else None
-    if need_dx:
+    if need_dx and x.ndim != 2:
         dx = dx.view(x.shape)
     if need_dgate:
         dgate = dgate.to(gate.dtype)
@@ -128,8 +128,8 @@ def _scaled_mm(alpha: float, lhs: Tensor, rhs: Tensor) -> Tensor:
     """alpha * lhs @ rhs, with alpha applied before the product is rounded."""
     if alpha == 1.0:
         return lhs @ rhs
-    # beta = 0: what is added is not read.
-    return torch.addmm(lhs.new_empty(()), lhs, rhs, beta=0, alpha=alpha)
+    # beta = 0: what is added to is not read.
+    return lhs.new_empty(lhs.shape[0], rhs.shape[1]).addmm_(lhs, rhs, beta=0, alpha=alpha)
 
 
 def _gated(t: Tensor, gate: Tensor | None) -> Tensor:
@@ -152,7 +152,7 @@ def backward_torch(
     if need_dx and seed is None:
         dx = dy @ weight  # first, as in the forward
     if need_dx or need_da:
-        dh = _gated(_scaled_mm(scale, dy, b), gate)
+        dh = _gated(dy @ b, gate)  # its scale is applied by the products that it enters
         x_kept, keep, keep_scale = (
             _masked(x, seed, dropout_p, columns) if need_da or seed is not None else (x, None, 1.0)
         )
@@ -161,16 +161,22 @@ def backward_torch(
     if need_dgate:
         dgate = (p.to(gate.dtype) * b).sum(0)
     if need_db:
-        db = _gated(p, gate).to(adapter_dtypes[1])
+        db = _gated(p, gate)
     if need_da:
-        da = _scaled_mm(keep_scale, dh.t(), x_kept).to(adapter_dtypes[0])
+        da = _scaled_mm(scale * keep_scale, dh.t(), x_kept)
     if need_dx:
         # The masked LoRA part first and the base product onto it: no temporary of x's size is
         # added.
         if seed is None:
-            dx.addmm_(dh, a)
+            dx.addmm_(dh, a, alpha=scale)
         else:
-            dx = _scaled_mm(keep_scale, dh, a).masked_fill_(~keep, 0).addmm_(dy, weight)
+            dx = _scaled_mm(scale * keep_scale, dh, a)
+            dx.masked_fill_(~keep, 0).addmm_(dy, weight)
+    # A cast to what a tensor is costs as much as a small product.
+    if need_da and da.dtype != adapter_dtypes[0]:
+        da = da.to(adapter_dtypes[0])
+    if need_db and db.dtype != adapter_dtypes[1]:
+        db = db.to(adapter_dtypes[1])
     return dx, da, db, dgate
 
 
