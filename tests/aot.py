@@ -48,6 +48,7 @@ CALLS = {
 # What M changes in these calls, others meet.
 ANY_M = "backward-frozen-b", "backward-dx", "multi-decode", "multi-qkv", "multi-qkv-decode"
 ANY_M += "embedding", "group-backward"
+SAME = "forward", "forward-all", "backward", "backward-all"  # for batches of any length
 SLOTS = 64  # of the calls for many adapters
 
 
@@ -78,6 +79,8 @@ def cases(extent: str) -> list[Case]:
             calls += "embedding", "add", "group-backward"
             found += [Case(sm, dtype, 1024, 64, call) for call in calls]
     found += [Case(90, "bf16", 8192, 16, call) for call in CALLS]
+    # Another length, that must compile to the same.
+    found += [Case(90, "bf16", 4096, 16, call) for call in SAME]
     # The tightest tiles of the embeddings, and the smallest of lora_add.
     found += [Case(80, "fp32", 16, 32, call) for call in ("embedding", "add")]
     return list(dict.fromkeys(found))

@@ -4,7 +4,7 @@ FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every
 """
 
 import pytest
-from aot import ARCHITECTURES, cases, facts_of
+from aot import ARCHITECTURES, SAME, cases, facts_of
 from conftest import EXTENT
 from fused_lora.triton_kernels import configs
 
@@ -140,7 +140,7 @@ def test_rows_are_valid(op, kind, sm):
         assert not [key for key in rows[-1] if key.startswith("max_")]
 
 
-@pytest.mark.parametrize("call", ["forward", "forward-all", "backward", "backward-all"])
+@pytest.mark.parametrize("call", SAME)
 def test_m_does_not_recompile(call, facts):
     """Batches of other lengths run the same kernels."""
     names = (f"sm_90-bf16-M{M}-R16-{call}" for M in (4096, 8192))
