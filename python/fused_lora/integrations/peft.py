@@ -5,7 +5,9 @@ with changes. What is not covered runs PEFT's own forward, and the reason is kep
 """
 
 import functools
+import importlib
 import os
+import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -313,6 +315,66 @@ def _together(layers: list[Any], x: Tensor) -> list[Tensor] | None:
     return [_add_biases(*one) for one in zip(ys, layers, left, strict=True)]
 
 
+class _QuantisedForm(_LinearForm):
+    """How PEFT's layers around a quantised one run fused, and why not: the base product by its own
+    kernel, the adapters by lora_add."""
+
+    @staticmethod
+    def route(layer, name: str) -> str:
+        return "lora_add"
+
+    @staticmethod
+    def static_reason(layer) -> str | None:
+        return "fan_in_fan_out: its weight is transposed" if layer.fan_in_fan_out else None
+
+    @classmethod
+    def adapter_reason(cls, layer, name: str, dropped: bool = True) -> str | None:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        for projection in (layer.lora_A[name], layer.lora_B[name]):
+            if type(projection) is not torch.nn.Linear:
+                return f"adapter {name!r} has a {type(projection).__name__}"
+        dropout = layer.lora_dropout[name]
+        if type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
+            return f"adapter {name!r} has a {type(dropout).__name__}"
+        return None
+
+    @classmethod
+    def call_reason(cls, layer, x: Tensor, names: list[str], mixed: bool) -> str | None:
+        if mixed:
+            return "a mixed batch over a quantised layer"
+        parts: list[torch.nn.Module] = []
+        tensors: list[Tensor] = []
+        for name in names:
+            if reason := cls.adapter_reason(layer, name):
+                return reason
+            parts += [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
+            tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        if reason := _inner_reason(layer, x, parts, tensors):
+            return reason
+        if x.dtype not in check.DTYPES:
+            return f"x is {x.dtype}"
+        known = x.dtype, torch.float32
+        if not check.autocasting(x) and (other := {t.dtype for t in tensors}.difference(known)):
+            return f"x is {x.dtype} and an adapter {other.pop()}"
+        return None
+
+    @staticmethod
+    def usual(layer, x: Tensor) -> Tensor | None:
+        return None
+
+    @classmethod
+    def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
+        y = layer.base_layer(x)
+        if not check.autocasting(x):
+            x = x.to(y.dtype)  # what bitsandbytes gives back is not always of x's dtype
+        for name, (a, b, scale) in zip(names, cls.tensors(layer, names), strict=True):
+            y = lora_add(y, x, a, b, scale=scale, dropout_p=_probability(layer, name))
+        return _add_biases(
+            y, layer, [name for name in names if layer.lora_B[name].bias is not None]
+        )
+
+
 class _EmbeddingForm:
     """How a peft.tuners.lora.layer.Embedding runs fused, and why not. PEFT drops nothing here."""
 
@@ -481,32 +543,46 @@ class _Accelerated:
         return self.FORM.forward(layer, x, names)
 
 
+# By the exact class of PEFT. Its modules for quantised layers are loaded with those layers alone.
+FORMS = {
+    ("layer", "Linear"): _LinearForm,
+    ("layer", "Embedding"): _EmbeddingForm,
+    ("bnb", "Linear4bit"): _QuantisedForm,
+    ("bnb", "Linear8bitLt"): _QuantisedForm,
+    ("torchao", "TorchaoLoraLinear"): _QuantisedForm,
+}
+
+
 @functools.cache
+def _accelerated(cls: type, form: type) -> Any:
+    name = f"Accelerated{cls.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{cls.__module__}.{cls.__name__} whose forward runs on the ops of fused_lora.",
+        "FORM": form,
+    }
+    return type(name, (_Accelerated, cls), namespace)
+
+
 def accelerated_classes() -> dict[type, Any]:
-    """{exact class of PEFT: the class that its layers are given}."""
-    from peft.tuners.lora.layer import Embedding, Linear
+    """{exact class of PEFT: the class that its layers are given}, of the loaded ones."""
+    import peft.tuners.lora.layer  # noqa: F401
 
-    class AcceleratedLinear(_Accelerated, Linear):
-        """peft.tuners.lora.layer.Linear whose forward runs on the kernels of fused_lora."""
-
-        __qualname__ = "AcceleratedLinear"
-        FORM = _LinearForm
-
-    class AcceleratedEmbedding(_Accelerated, Embedding):
-        """peft.tuners.lora.layer.Embedding whose forward runs on the kernels of fused_lora."""
-
-        __qualname__ = "AcceleratedEmbedding"
-        FORM = _EmbeddingForm
-
-    return {Linear: AcceleratedLinear, Embedding: AcceleratedEmbedding}
+    found = {}
+    for (module, name), form in FORMS.items():
+        cls = getattr(sys.modules.get(f"peft.tuners.lora.{module}"), name, None)
+        if cls is not None:
+            found[cls] = _accelerated(cls, form)
+    return found
 
 
 def __getattr__(name: str):
-    """AcceleratedLinear and AcceleratedEmbedding by name, as pickle asks for them."""
-    if name.startswith("Accelerated"):
-        for cls in accelerated_classes().values():
-            if cls.__name__ == name:
-                return cls
+    """AcceleratedLinear and the others by name, as pickle asks for them."""
+    for module, exact in FORMS:
+        if name == f"Accelerated{exact}":
+            importlib.import_module(f"peft.tuners.lora.{module}")
+            return {cls.__name__: cls for cls in accelerated_classes().values()}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -548,19 +624,20 @@ def _group(model: torch.nn.Module, layers: dict[str, Any], sample: dict[str, Any
 def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> AccelerateReport:
     """Let the LoRA layers of a PEFT model run on these kernels, in place; returns a report.
 
-    Every exact Linear and Embedding of peft.tuners.lora.layer changes its class, and nothing else:
-    parameters and their names, save_pretrained, set_adapter, disable_adapter, merging, adapters
-    that are added later, and hooks on the layers stay PEFT's. Linear layers run by lora_linear,
-    with DoRA by dora_linear, batches with adapter_names by multi_lora_linear; embeddings by
-    lora_embedding. Several active adapters are summed. The backend is that of fused_lora (see
-    use_backend).
+    Every exact Linear and Embedding of peft.tuners.lora.layer, Linear4bit and Linear8bitLt of its
+    bnb and TorchaoLoraLinear of its torchao changes its class, and nothing else: parameters and
+    their names, save_pretrained, set_adapter, disable_adapter, merging, adapters that are added
+    later, and hooks on the layers stay PEFT's. Linear layers run by lora_linear, with DoRA by
+    dora_linear, batches with adapter_names by multi_lora_linear; embeddings by lora_embedding; over
+    a quantised layer, whose own kernel makes the base product, lora_add. Several active adapters
+    are summed. The backend is that of fused_lora (see use_backend).
 
     What is not covered runs PEFT's own forward, and is counted with the reason in report.fallbacks:
-    variants other than DoRA, DoRA beside other active adapters, base layers that are not a plain
-    nn.Linear or nn.Embedding, embeddings with max_norm, sparse or scale_grad_by_freq, mixed batches
-    with lora_bias or of embeddings, convolutions. With FUSED_LORA_STRICT=1 such a call raises
-    RuntimeError instead, and so does accelerate itself, before it changes anything, for a layer of
-    another class.
+    variants other than DoRA, DoRA beside other active adapters or over a quantised layer, other
+    base layers, embeddings with max_norm, sparse or scale_grad_by_freq, mixed batches with
+    lora_bias, of embeddings or over quantised layers, convolutions. With FUSED_LORA_STRICT=1 such a
+    call raises RuntimeError instead, and so does accelerate itself, before it changes anything, for
+    a layer of another class.
 
     sample, the keyword arguments of a call, lets layers that share x (q, k and v; gate and up) run
     by lora_linear_group while they have at most one active adapter each, no DoRA and no dropout in
