@@ -970,6 +970,55 @@ FAULTS = {
         "p = dropout.p if type(dropout)",
         "test_peft.py::test_nothing_is_dropped_in_evaluation",
     ),
+    "peft: an adapter over a quantised layer without its scale": Fault(
+        PEFT,
+        "y = lora_add(y, x, a, b, scale=scale, dropout_p=_probability(layer, name))",
+        "y = lora_add(y, x, a, b, scale=1.0, dropout_p=_probability(layer, name))",
+        "test_quantised.py::test_accelerate_of_pefts_quantised_layers[rslora-4 bit]",
+    ),
+    "peft: an adapter over a quantised layer is never dropped": Fault(
+        PEFT,
+        "y = lora_add(y, x, a, b, scale=scale, dropout_p=_probability(layer, name))",
+        "y = lora_add(y, x, a, b, scale=scale)",
+        "test_quantised.py::test_a_layer_of_peft_around_a_quantised_one"
+        "[0.3-True-torch.float32-nf4]",
+    ),
+    "groups: a tensor of the same values for the same": Fault(
+        "integrations/shared_input.py",
+        "waiting.x is x and",
+        "waiting.x.shape == x.shape and",
+        "test_peft_groups.py::test_another_tensor_is_computed_alone",
+    ),
+    "groups: what changed x in between is not seen": Fault(
+        "integrations/shared_input.py",
+        "None if x.is_inference() else x._version",
+        "None",
+        "test_peft_groups.py::test_what_changes_in_between_is_seen[x, in place]",
+    ),
+    "groups: outputs are handed out twice": Fault(
+        "integrations/shared_input.py",
+        "waiting.outputs.pop(id(layer), None)",
+        "waiting.outputs.get(id(layer))",
+        "test_peft_groups.py::test_order_does_not_matter",
+    ),
+    "groups: dropout with one mask for all": Fault(
+        PEFT,
+        "if any(form.is_dora(layer, name) or _probability(layer, name) for name in names):",
+        "if any(form.is_dora(layer, name) for name in names):",
+        "test_peft_groups.py::test_where_they_cannot_be_computed_together[dropout]",
+    ),
+    "swap: a merged weight keeps the adapter before": Fault(
+        "nn/linear.py",
+        "[self._product(-1), new]",
+        "[new]",
+        "test_save_adapter.py::test_swap_adapter[True-none]",
+    ),
+    "swap: the folder's scale is not taken": Fault(
+        "checkpoint/model.py",
+        "layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)",
+        "layer.swap(weights.lora_a, weights.lora_b, gate=weights.gate)",
+        "test_save_adapter.py::test_swap_adapter[False-none]",
+    ),
     "peft: DoRA without what was dropped": Fault(
         PEFT,
         "return y + F.linear(x - kept, base.weight) if dropping else y",
