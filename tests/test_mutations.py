@@ -981,7 +981,7 @@ FAULTS = {
         "y = lora_add(y, x, a, b, scale=scale, dropout_p=_probability(layer, name))",
         "y = lora_add(y, x, a, b, scale=scale)",
         "test_quantised.py::test_a_layer_of_peft_around_a_quantised_one"
-        "[0.3-True-torch.float32-nf4]",
+        "[0.3-False-torch.float32-nf4]",
     ),
     "groups: a tensor of the same values for the same": Fault(
         "integrations/shared_input.py",

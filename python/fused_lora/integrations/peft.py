@@ -129,19 +129,28 @@ class _LinearForm:
             return f"its weight is {base.weight.dtype}"
         return None
 
+    @staticmethod
+    def parts_reason(layer, name: str, dropped: bool) -> str | None:
+        """Why what PEFT has put into this adapter cannot run fused."""
+        for projection in (layer.lora_A[name], layer.lora_B[name]):
+            if type(projection) is not torch.nn.Linear:
+                return f"adapter {name!r} has a {type(projection).__name__}"
+        dropout = layer.lora_dropout[name]
+        if dropped and type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
+            return f"adapter {name!r} has a {type(dropout).__name__}"
+        return None
+
     @classmethod
     def adapter_reason(cls, layer, name: str, dropped: bool = True) -> str | None:
         """Why this adapter of the layer cannot run fused."""
         if name in layer.lora_variant and not cls.is_dora(layer, name):
             return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        if reason := cls.parts_reason(layer, name, dropped):
+            return reason
+        known = layer.get_base_layer().weight.dtype, torch.float32
         for projection in (layer.lora_A[name], layer.lora_B[name]):
-            if type(projection) is not torch.nn.Linear:
-                return f"adapter {name!r} has a {type(projection).__name__}"
-            if projection.weight.dtype not in (layer.get_base_layer().weight.dtype, torch.float32):
+            if projection.weight.dtype not in known:
                 return f"adapter {name!r} is {projection.weight.dtype}"
-        dropout = layer.lora_dropout[name]
-        if dropped and type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
-            return f"adapter {name!r} has a {type(dropout).__name__}"
         if not cls.is_dora(layer, name):
             return None
         if layer.lora_B[name].bias is not None:
@@ -331,13 +340,7 @@ class _QuantisedForm(_LinearForm):
     def adapter_reason(cls, layer, name: str, dropped: bool = True) -> str | None:
         if name in layer.lora_variant:
             return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
-        for projection in (layer.lora_A[name], layer.lora_B[name]):
-            if type(projection) is not torch.nn.Linear:
-                return f"adapter {name!r} has a {type(projection).__name__}"
-        dropout = layer.lora_dropout[name]
-        if type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
-            return f"adapter {name!r} has a {type(dropout).__name__}"
-        return None
+        return cls.parts_reason(layer, name, dropped)
 
     @classmethod
     def call_reason(cls, layer, x: Tensor, names: list[str], mixed: bool) -> str | None:
@@ -525,6 +528,8 @@ class _Accelerated:
         shared = vars(layer).get("fused_lora_group")
         if shared and mixed is None and not (args or others):
             y = shared.output(layer, x, _together)
+            if y is None and not torch.compiler.is_compiling():
+                y = self.FORM.usual(layer, x)
             if y is not None:
                 return y
         if args or others:
