@@ -1015,8 +1015,8 @@ FAULTS = {
     ),
     "swap: the folder's scale is not taken": Fault(
         "checkpoint/model.py",
-        "weights.lora_b, scale=weights.scale, gate=weights.gate)\n    return model\n\n\ndef _check",
-        "weights.lora_b, gate=weights.gate)\n    return model\n\n\ndef _check",
+        "layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)",
+        "layer.swap(weights.lora_a, weights.lora_b, gate=weights.gate)",
         "test_save_adapter.py::test_swap_adapter[False-none]",
     ),
     "peft: DoRA without what was dropped": Fault(

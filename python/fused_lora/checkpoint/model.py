@@ -224,10 +224,7 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
         inject(model, config, adapter_dtype=dtype)
         names = _names(model)
         saved, bias = _whole(model, names)
-    for name, weights in adapter.layers.items():
-        layer: Layer = names[name]  # type: ignore[assignment]
-        layer.use_rslora = bool(adapter.config.get("use_rslora"))
-        layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
+    _take(names, adapter)
     others = _other_tensors(names, adapter.layers, saved, bias)
     for name, t in adapter.others.items():
         others[name].copy_(t)
@@ -262,11 +259,15 @@ def swap_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
             f"swap would leave alone; load it into a model of its own"
         )
     _check_layers(dir, adapter, layers, swap=True)
+    _take(layers, adapter)
+    return model
+
+
+def _take(names: Mapping[str, torch.nn.Module], adapter: Adapter) -> None:
     for name, weights in adapter.layers.items():
-        layer = layers[name]
+        layer: Layer = names[name]  # type: ignore[assignment]
         layer.use_rslora = bool(adapter.config.get("use_rslora"))
         layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
-    return model
 
 
 def _check_layers(
