@@ -98,7 +98,7 @@ def _cases(precision: str, *models: Model) -> list[Case]:
 _LLAMAS = [Llama(case) for case in STEPS["cpu"] if not case.p]
 
 STAGES = {
-    # A CPU without instructions for bf16 takes 30 times as long as for fp32: smaller models.
+    # Without instructions for bf16 a CPU takes many times as long as for fp32: smaller models.
     "cpu": [
         *_cases(
             "fp32",
