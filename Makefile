@@ -12,17 +12,21 @@ help: ## list the targets
 demo: extension ## a small model with adapters, from injection to merge
 	$(VENV) examples/demo.py
 
-# Two workers, where pytest-xdist is installed: a GPU machine may not have it.
+# $(call workers,N): N test processes, where pytest-xdist is installed: a GPU machine may not have it.
+workers = $$($(VENV) -c 'import importlib.util as u; print("-n $(1)" if u.find_spec("xdist") else "")')
+
 test: extension ## the quick suite, without a GPU
-	$(PYTEST) tests $$($(VENV) -c 'import importlib.util as u; print("-n 2" if u.find_spec("xdist") else "")')
+	$(PYTEST) tests $(call workers,2)
 	@echo "make test: all tests passed"
 
 test-full: extension ## the quick suite's slow half: every planted fault, sanitizers, every configuration
 	FUSED_LORA_EXTENT=full $(PYTEST) tests -n 2 -m "slow or extent"
 	@echo "make test-full: all tests passed"
 
+# The kernels that Triton compiles are kept where another machine of this kind can be given them.
+test-gpu: export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 test-gpu: extension ## the correctness suite on a CUDA device
-	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests
+	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests -m numeric $(call workers,8)
 	@echo "make test-gpu: all tests passed on the GPU"
 
 bench: extension ## the microbenchmarks

@@ -1,6 +1,6 @@
 """The CUDA form of segment_gemm for Hopper on a GPU: right or wrong, then its time beside cuBLAS.
 
-    python -m fused_lora.bench.hopper_cuda [--small] [--out DIR]
+    python -m fused_lora.bench.hopper_cuda [--small] [--only HALF] [--out DIR]
 
 Numerics: every tile on sizes of every kind, against fp64; the same bits when it is run again, and
 when it begins while shrink still runs. Times: the bare product beside cuBLAS's, then the product
@@ -232,24 +232,33 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("bench_out"), help="for hopper_cuda.json")
     parser.add_argument("--small", action="store_true", help="small sizes, once each, no times")
+    parser.add_argument("--only", choices=("numerics", "times"), help="default: both")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
     if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         parser.error(f"the kernel is made for compute capability 9.0, this is {capability}")
-    looked_at, again = (SMALL, 0) if chosen.small else (NUMERIC, AGAIN)
-    result: dict = {"machine": machine(device), "numerics": numerics(looked_at, device, again)}
-    wrong = [row for row in result["numerics"] if row["why"]]
-    for row in wrong:
-        print(f"{row['case']}, {row['tile']}: {row['why']}", file=sys.stderr)
-    print(f"{len(result['numerics']) - len(wrong)} of {len(result['numerics'])} results are right")
-    if not wrong and not chosen.small:
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    path = chosen.out / "hopper_cuda.json"
+    # The other half may have been run before.
+    result: dict = json.loads(path.read_text()) if path.exists() else {}
+    result["machine"] = machine(device)
+    wrong: list[dict] = []
+    if chosen.small or chosen.only != "times":
+        checked, again = (SMALL, 0) if chosen.small else (NUMERIC, AGAIN)
+        result["numerics"] = numerics(checked, device, again)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        wrong = [row for row in result["numerics"] if row["why"]]
+        for row in wrong:
+            print(f"{row['case']}, {row['tile']}: {row['why']}", file=sys.stderr)
+        total = len(result["numerics"])
+        print(f"{total - len(wrong)} of {total} results are right")
+    if not (wrong or chosen.small or chosen.only == "numerics"):
         layers = [Case("forward", M, N, K, 16, BF16) for M in ROWS for N, K in SHAPES.values()]
         result["times"] = times(layers, device, Timer(device))
+        path.write_text(json.dumps(result, indent=1) + "\n")
         print(table(result["times"]))
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "hopper_cuda.json").write_text(json.dumps(result, indent=1) + "\n")
     return 1 if wrong else 0
 
 

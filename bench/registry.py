@@ -192,7 +192,11 @@ def _linear_stages() -> dict[str, Stage]:
             [LinearCase(16, 512, 512), LinearCase(128, 1024, 1024, p=0.1)], contenders=usual
         ),
         "quick": Stage(bf16((16, 2048), {"q, o": (4096, 4096)}), contenders=usual),
+        "layers": Stage(bf16((8192, 2048), LLAMA_8B), contenders=(*common, "lorafusion form")),
         "training": Stage(training + ragged, contenders=usual),
+        "decode-layers": Stage(
+            bf16((1, 16, 64), LLAMA_8B), directions=("forward",), contenders=serving
+        ),
         "decode": Stage(bf16((1, 4, 16, 64)), directions=("forward",), contenders=serving),
         "compiled": Stage(
             bf16((2048, 8192, 16), LLAMA_8B),
