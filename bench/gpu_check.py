@@ -84,7 +84,7 @@ class Commands:
 
     def __init__(self, machine: Machine, out: Path) -> None:
         self.machine, self.out = machine, out
-        self.gluon = {"FUSED_LORA_TUNING": str(ROOT / "bench/gluon.json")}
+        self.gluon = {"FUSED_LORA_TUNING": "bench/gluon.json"}
         self.hopper = {**self.gluon, "FUSED_LORA_CUDA_GEMM": "sm90"}
 
     def tests(self, *files: str, only: str = "", **env: str) -> Command:

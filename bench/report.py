@@ -31,7 +31,7 @@ from fused_lora.bench.registry import OPS, Op
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLAIMS = "methods", "dept", "accelerate"  # modules with claims, and results of their own form
-SETTINGS = "FUSED_LORA_BENCH", "OMP_NUM_THREADS"
+SETTINGS = "FUSED_LORA_BENCH", "FUSED_LORA_CUDA_GEMM", "FUSED_LORA_TUNING", "OMP_NUM_THREADS"
 MODE_WORDS = {
     "cold": "CUDA graph, inputs not in the L2 cache",
     "hot": "CUDA graph, the same inputs every time",
