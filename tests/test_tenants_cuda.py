@@ -170,3 +170,29 @@ def test_every_tile_of_the_product(M, block_m, masked, value):
         for mine, theirs in zip(got, want, strict=True):
             assert torch.equal(mine[ids != SICK], theirs[ids != SICK])
             assert not mine[ids == SICK].isfinite().all(1).any()
+
+
+@values
+@pytest.mark.parametrize("M, dtype, p", [
+    (3, torch.float16, 0.0), (3, torch.float32, 0.3), slow(65, torch.float16, 0.3),
+])  # fmt: skip
+def test_a_row_is_not_touched_by_another(M, dtype, p, value):
+    """Of one adapter, and of W0 alone."""
+    tensors, ids = case(M, dtype, False)
+    weight, a, bt, dy = tensors[1], tensors[3][2, :17], tensors[4][2, :17], tensors[8]
+
+    def run(x, dy):
+        x = x.detach().requires_grad_()
+        options = {"scale": 0.5, "backend": "cuda"}
+        y = fl.lora_linear(x, weight, a, bt.t(), dropout_p=p, seed=3, **options)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        with torch.no_grad():
+            few = fl.lora_linear(x, weight, a, bt.t(), **options)
+        return y.detach(), dx, few
+
+    want = run(tensors[0], dy)
+    sick = ids == SICK
+    spoiled = spoil(spoil(tensors, ids, "x", value), ids, "dy", value)
+    for mine, theirs in zip(run(spoiled[0], spoiled[8]), want, strict=True):
+        assert torch.equal(mine[~sick], theirs[~sick])
+        assert not mine[sick].isfinite().all(1).any()
