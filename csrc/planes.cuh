@@ -81,11 +81,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = int64_t(block_id().x) * kThreads + thread_id();
   int64_t tile, count;
   tiles_of(p.adapters, p.M, id, p.rows, &tile, &count);
-  const bool live = r < p.adapters.rank_of(slot) && c < p.C;
+  // Where there is nothing to add the result is 0, whatever scale, gate and w are.
+  const bool live = count > 0 && r < p.adapters.rank_of(slot) && c < p.C;
+  const bool scaled = live && p.scaled;
   float sum = 0.0f;
   for (; live && count > 0; --count, ++tile) sum += p.planes[(tile * R + r) * p.C + c];
   sum *= p.plain_scale;
-  if (p.scaled) sum *= p.adapters.scale_of(slot);
+  if (scaled) sum *= p.adapters.scale_of(slot);
   if (p.dot != nullptr) {
     const T* w = p.w + slot * p.w_slot_stride + r * p.w_r_stride + c * p.w_c_stride;
     float dot = live ? sum * to_float(*w) : 0.0f;
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (c >= p.C) return;
-  if (p.scaled) sum *= p.adapters.gate_of(slot, r);
+  if (scaled) sum *= p.adapters.gate_of(slot, r);
   Out* out = p.out + slot * p.out_slot_stride + r * p.out_r_stride + c * p.out_c_stride;
   *out = from_float<Out>(sum);
 }

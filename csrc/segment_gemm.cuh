@@ -4,7 +4,8 @@
 //   masked dx   (dh, A^T), D ⊙ ., (dy, W0^T)         with D = keep * keep_scale, on the output side
 //
 // With adapters, one segment is t_i V_j of each row's own slot: tiles ignore whose rows they hold,
-// and the segment goes through the adapters that are present, with t zero in the rows of others.
+// and the segment goes through the adapters that are present. A product with one of them is added to
+// its own rows alone. To rows of zeros it would bring 0 x NaN.
 #pragma once
 
 #include "common/adapters.cuh"
@@ -133,6 +134,34 @@ struct Cursor {
   __device__ bool done() const { return segment >= p.count; }
 };
 
+// acc += L R^T in the rows of `slot` alone; right holds the rows of its V. 16 rows at a time: a
+// product of all of them beside acc takes more registers than there are.
+template <typename C>
+__device__ void multiply_own_rows(Accumulator<C::WM, C::WN>& acc, const typename C::T* left,
+                                  int warp_m, const typename C::T* right, int warp_n,
+                                  const int* slot_of_row, int slot) {
+  const int lane = thread_id() % 32;
+#pragma unroll
+  for (int i = 0; i < C::WM / 16; ++i) {
+    const int* slots = slot_of_row + warp_m + i * 16;
+    if (ballot(slots[lane % 16] == slot) == 0) continue;
+    Accumulator<16, C::WN> product;
+    multiply<typename C::Left, false, typename C::RightTransposed, true, C::BLOCK_K>(
+        product, left, warp_m + i * 16, right, warp_n);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (slots[half * 8 + lane / 4] != slot) continue;
+#pragma unroll
+      for (int j = 0; j < C::WN / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          acc.c[i][j][half * 2 + e] += product.c[0][j][half * 2 + e];
+        }
+      }
+    }
+  }
+}
+
 template <typename C>
 __device__ void apply_mask(Accumulator<C::WM, C::WN>& acc, const Params<typename C::T>& p,
                            int64_t m0, int64_t n0) {
@@ -259,7 +288,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kThreads > 128 ? 1 : 2)
     }
     const T* left = memory + stage * C::kStage;
     const T* right = left + C::Left::kSize;
-    if (p.segments[at.segment].transposed) {
+    if (p.segments[at.segment].gathered) {
+      multiply_own_rows<C>(acc, left, warp_m, right, warp_n, present.slot_of_row,
+                           present.slots[at.adapter]);
+    } else if (p.segments[at.segment].transposed) {
       multiply<typename C::Left, false, typename C::RightTransposed, true, C::BLOCK_K>(
           acc, left, warp_m, right, warp_n);
     } else {

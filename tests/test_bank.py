@@ -136,6 +136,17 @@ def test_a_removed_name_gives_the_base(x, weight):
     assert torch.equal(served(bank, x, weight, ids), served(bank, x, weight, ids * 0 - 1))
 
 
+@pytest.mark.parametrize("taken", ["clear", "remove"])
+@backends
+def test_nothing_is_left_in_a_slot(backend, taken):
+    bank, new = bank_of(), bank_of()
+    slot = bank.add("french", *(t.fill_(float("nan")) for t in adapter(4)[:2]), scale=2.0,
+                    gate=torch.full((4,), float("inf"), device=DEVICE))  # fmt: skip
+    getattr(bank, taken)("french")
+    for name in ("a_slots", "bt_slots", "rank", "scale", "gate"):
+        assert torch.equal(getattr(bank, name)[slot], getattr(new, name)[slot]), name
+
+
 @backends
 def test_replace_leaves_the_old_slot_as_it_was(backend):
     """A batch that was enqueued before reads the old adapter to its end."""

@@ -19,6 +19,7 @@ from test_multi_lora_linear import KINDS, RAGGED, ids_of, make, slots_of
 
 import fused_lora as fl
 from fused_lora import reference
+from fused_lora.ops.multi_lora_linear import Slots
 from fused_lora.testing import assert_accurate, guarded
 
 pytestmark = pytest.mark.skipif(CUDA_REFUSES is not None, reason=str(CUDA_REFUSES))
@@ -303,6 +304,21 @@ def test_slots_are_read_up_to_their_ranks(kind):
         reads = rows if M <= 64 else -(-rows // 64)
         want = (reads * ranks * 512 * 2).sum().item()
         assert watch.bytes == want
+
+
+@emulated_only
+def test_t_of_a_row_is_read_for_its_own_adapter(kernels):
+    """However many adapters a tile has, and none of what lies past a rank."""
+    M, N, ranks = 70, 64, (8, 72, 16)
+    tensors = make(M, 40, N, ranks, dtype=torch.float16)
+    ids = ids_of("some", M, 3)
+    t = torch.randn(M, 72, dtype=torch.float16)
+    slots = Slots(*slots_of(tensors), torch.arange(3, dtype=torch.int32))
+    with Watch(t) as watch:
+        kernels.multi_segment_gemm(
+            *tensors[:2], t, slots.bt_slots, slots, fl.AdapterRouting(ids, 3), block_m=64
+        )
+    assert watch.bytes == 2 * torch.tensor(ranks)[ids[ids >= 0]].sum().item()
 
 
 @emulated_only

@@ -208,6 +208,13 @@ def test_needs_no_cuda_library(library):
     ]
 
 
+def test_host_code_calls_no_device_function(library):
+    """In a template nvcc takes such a call without a word, and compiles the host's copy of the
+    function to exit(1). Which object has it: nm -u build/ninja/csrc/*.o"""
+    undefined = run("nm", "-D", "--undefined-only", library).split()
+    assert "exit" not in {name.split("@")[0] for name in undefined}
+
+
 def test_says_why_it_is_missing(monkeypatch):
     monkeypatch.delenv("FUSED_LORA_EMULATED", raising=False)
 

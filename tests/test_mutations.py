@@ -908,6 +908,12 @@ FAULTS = {
         "pass",
         "test_bank.py::test_rank_rows_past_the_rank_are_zero[torch]",
     ),
+    "bank: a removed adapter stays in its slot": Fault(
+        BANK,
+        "for t in (self.rank, self.scale, self.a_slots, self.bt_slots):",
+        "for t in (self.rank, self.scale):",
+        "test_bank.py::test_nothing_is_left_in_a_slot[torch-remove]",
+    ),
     # DoRA.
     "dora: the factor on the bias as well": Fault(
         DORA,
@@ -1284,7 +1290,25 @@ CUDA_FAULTS = {
         "segment_gemm.cuh",
         "return slot_of_row[row] == slot ? rows(row) : -1;",
         "return rows(row);",
+        "test_cuda_kernels.py::test_t_of_a_row_is_read_for_its_own_adapter",
+    ),
+    "cuda: segment_gemm: 0 times what another adapter has": Fault(
+        "segment_gemm.cuh",
+        "if (slots[half * 8 + lane / 4] != slot) continue;",
+        "",
+        "test_tenants_cuda.py::test_every_tile_of_the_product[33-64-False-nan]",
+    ),
+    "cuda: segment_gemm: rows whose first adapter is another": Fault(
+        "segment_gemm.cuh",
+        "if (ballot(slots[lane % 16] == slot) == 0) continue;",
+        "if (slots[0] != slot) continue;",
         RAGGED.format("different", "cuda"),
+    ),
+    "cuda: planes: 0 times the gate of an adapter without rows": Fault(
+        "planes.cuh",
+        "const bool scaled = live && p.scaled;",
+        "const bool scaled = p.scaled;",
+        "test_tenants_cuda.py::test_an_adapter_without_rows_gets_no_gradient[3-nan]",
     ),
     "cuda: segment_gemm: an adapter twice": Fault(
         "segment_gemm.cuh",
@@ -1312,8 +1336,8 @@ CUDA_FAULTS = {
     ),
     "cuda: planes: the gate in its own gradient": Fault(
         "planes.cuh",
-        "if (p.scaled) sum *= p.adapters.scale_of(slot);",
-        "if (p.scaled) sum *= p.adapters.scale_of(slot) * p.adapters.gate_of(slot, r);",
+        "if (scaled) sum *= p.adapters.scale_of(slot);",
+        "if (scaled) sum *= p.adapters.scale_of(slot) * p.adapters.gate_of(slot, r);",
         "test_row_reduce.py::test_dy[cuda]",
     ),
     "cuda: planes: the first plane alone": Fault(

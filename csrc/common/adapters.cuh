@@ -19,7 +19,8 @@ struct Adapters {
   int one_rank;
   float one_scale;
 
-  __device__ bool many() const { return table != nullptr; }
+  // The bindings ask it too.
+  __host__ __device__ bool many() const { return table != nullptr; }
   __device__ int rank_of(int64_t slot) const { return many() ? rank[slot] : one_rank; }
   __device__ float scale_of(int64_t slot) const { return many() ? scale[slot] : one_scale; }
   __device__ float gate_of(int64_t slot, int r) const {

@@ -184,13 +184,14 @@ class AdapterBank:
             index = self.index(name)
             if index in self._trained:
                 raise ValueError(f"AdapterBank: {name!r} is trainable; remove it")
-            self.rank[self._places[index]].fill_(0)
+            self._wipe(self._places[index])
 
     def remove(self, name: str) -> None:
-        """Free the slot of a name; rows that carry its id get the base output from here on."""
+        """Free the slot of a name, and wipe it; rows that carry its id get the base output from
+        here on. The Parameters of a trainable adapter are views of the slot: copy them before."""
         with self.lock:
             index = self.index(name)
-            self.rank[self._places[index]].fill_(0)
+            self._wipe(self._places[index])
             del self._ids[name]
             self._trained.pop(index, None)
             self._free_ids.append(index)
@@ -304,6 +305,13 @@ class AdapterBank:
             self.gate[slot, :rank].copy_(gate)
         self.scale[slot].fill_(scale)
         self.rank[slot].fill_(rank)
+
+    @torch.no_grad()
+    def _wipe(self, slot: int) -> None:
+        """Leave nothing of an adapter: what is multiplied by 0 may be NaN."""
+        for t in (self.rank, self.scale, self.a_slots, self.bt_slots):
+            t[slot].zero_()
+        self.gate[slot].fill_(1)
 
     def _views(self, slot: int, rank: int, gated: bool) -> tuple[Parameter, Parameter, Parameter]:
         return (
