@@ -17,6 +17,7 @@ import fused_lora as fl
 from fused_lora.inject import LoRAConfig, inject
 from fused_lora.nn import AdaLoRALinear
 from fused_lora.optim import AdaLoRA, RankAllocator, orthogonality_penalty
+from fused_lora.testing import nudge_
 
 try:
     import peft
@@ -73,7 +74,8 @@ def test_starts_as_the_frozen_layer_bit_for_bit(dtype):
     layer = AdaLoRALinear.from_linear(linear, r=6, lora_dropout=0.3)
     assert torch.equal(layer(x), want)
     for part in (layer.lora_a, layer.lora_b):
-        assert abs(part.float().std().item() / 0.02 - 1) < 0.1 and part.dtype == dtype
+        spread = 6 / (2 * part.numel()) ** 0.5  # standard deviations
+        assert abs(part.float().std().item() / 0.02 - 1) < spread and part.dtype == dtype
     assert not layer.gate.any() and layer.gate.dtype == torch.float32
     with torch.no_grad():
         layer.gate.fill_(1)
@@ -712,7 +714,8 @@ def train_ours(model, ids, steps, schedule):
 
 @needs_peft
 def test_training_is_that_of_peft():
-    """50 steps of a Llama: against PEFT in fp64, at most twice the error of PEFT in fp32."""
+    """50 steps of a Llama: against PEFT in fp64, at most twice the error of PEFT in fp32 and of a
+    start that is an ulp off."""
     schedule = {"target_r": 2, "total_step": 50, "t_init": 5, "t_final": 15, "delta_t": 5}
     targets = ["q_proj", "v_proj", "down_proj"]
     ids = torch.randint(1, 64, (3, 9), device=DEVICE)
@@ -721,7 +724,8 @@ def test_training_is_that_of_peft():
     )
     torch.manual_seed(1)
     theirs = peft.get_peft_model(tiny_llama(), config)
-    exact = copy.deepcopy(theirs).double()
+    exact, near = (copy.deepcopy(theirs).double() for _ in range(2))
+    nudge_(trained(near), torch.float32)
     ours = inject(
         tiny_llama(),
         LoRAConfig(r=4, lora_alpha=8, target_modules=targets, adalora=True, adalora_scaling="peft"),
@@ -735,8 +739,8 @@ def test_training_is_that_of_peft():
     truth = train_peft(exact, ids, 50)
     want = train_peft(theirs, ids, 50)
     got = train_ours(ours, ids, 50, schedule)
-    bound = 2 * np.abs(want - truth).max() + 4 * np.finfo(np.float32).eps * truth.max()
-    assert np.abs(got - truth).max() <= bound < 1e-3 and truth[-1] < 0.9 * truth[0]
+    off = [np.abs(losses - truth).max() for losses in (want, train_peft(near, ids, 50))]
+    assert np.abs(got - truth).max() <= 2 * sum(off) < 1e-3 and truth[-1] < 0.9 * truth[0]
     for name, layer in layers.items():
         other = exact.get_submodule(f"base_model.model.{name}").lora_E["default"][:, 0]
         assert torch.equal(layer.gate == 0, other == 0), name

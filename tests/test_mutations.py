@@ -989,6 +989,30 @@ FAULTS = {
         "test_quantised.py::test_a_layer_of_peft_around_a_quantised_one"
         "[0.3-False-torch.float32-nf4]",
     ),
+    "adapter: a 4-bit base packs its weight for inference": Fault(
+        "nn/adapter.py",
+        "            keep_unpacked_(module)",
+        "            pass",
+        "test_quantised.py::test_a_4_bit_weight_is_not_packed_under_an_adapter[own-nf4]",
+    ),
+    "peft: a 4-bit base packs its weight for inference": Fault(
+        PEFT,
+        "type(layer) in forms and keep_unpacked_(layer.get_base_layer())",
+        "False",
+        "test_quantised.py::test_a_4_bit_weight_is_not_packed_under_an_adapter[PEFT-fp4]",
+    ),
+    "a weight of 4 bits unpacked with its scales transposed": Fault(
+        "nn/checks.py",
+        "state.absmax.t().float().flatten()",
+        "state.absmax.float().flatten()",
+        "test_quantised.py::test_a_4_bit_weight_is_not_packed_under_an_adapter[own-fp4, packed]",
+    ),
+    "a weight of 4 bits unpacked with new scales": Fault(
+        "nn/checks.py",
+        "        state.original_nested = False",
+        "",
+        "test_quantised.py::test_a_4_bit_weight_is_not_packed_under_an_adapter[own-nf4, packed]",
+    ),
     "groups: a tensor of the same values for the same": Fault(
         "integrations/shared_input.py",
         "waiting.x is x and",

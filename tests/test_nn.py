@@ -180,7 +180,8 @@ def test_gate_initialisation_and_reset():
     torch.manual_seed(0)
     layer = SoRALinear(8, 8, r=4096, device=DEVICE)
     assert layer.gate.shape == (4096,) and layer.gate.dtype == torch.float32
-    assert abs(layer.gate.mean().item()) < 0.06 and abs(layer.gate.std().item() - 1) < 0.05
+    # Six standard deviations.
+    assert abs(layer.gate.mean().item()) < 6 / 64 and abs(layer.gate.std().item() - 1) < 6 / 90
     layer = SoRALinear(8, 8, r=16, device=DEVICE, gate_init="ones")
     assert (layer.gate == 1).all()
     torch.nn.init.zeros_(layer.gate)

@@ -27,12 +27,14 @@ from peft_models import (
     saved_storages,
     tokens,
     trained_peak,
+    truth,
 )
 from tiny_llama import tiny_llama
 from tiny_models import FAMILIES
 
 import fused_lora as fl
 from fused_lora.integrations.peft import accelerated_classes
+from fused_lora.testing import nudge_
 
 # The quick run takes one family where the others tell it nothing new.
 families = pytest.mark.parametrize("family", ["llama", *map(slow, list(FAMILIES)[1:])])
@@ -67,12 +69,12 @@ def test_nothing_is_dropped_in_evaluation():
 def test_autocast(options):
     """Against fp64 at most twice PEFT's error, with bf16's ulp."""
     model, batches = model_of(config(**OPTIONS[options])), batches_of("llama")
-    true = outputs(copy.deepcopy(model).double(), batches)
+    truths = truth(model, batches, torch.bfloat16)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         theirs = outputs(model, batches)
         report = fl.accelerate(model)
         ours = outputs(model, batches)
-    assert_close(ours, theirs, true, torch.bfloat16)
+    assert_close(ours, theirs, truths, torch.bfloat16)
     assert not report.fallbacks
 
 
@@ -312,10 +314,10 @@ def test_dropout_under_the_same_mask(family, configs, dtypes):
     batches = batches_of(family, model.dtype)
     stock = with_our_masks(copy.deepcopy(model)).train()
     theirs = outputs(stock, batches)
-    true = outputs(stock.double(), batches, torch.float64)
+    truths = truth(stock, batches)
     report = fl.accelerate(model.train())
     ours = outputs(model, batches)
-    assert_close(ours, theirs, true, model.dtype)
+    assert_close(ours, theirs, truths, model.dtype)
     assert not report.fallbacks
     assert not torch.equal(ours[0]["logits"], outputs(model.eval(), batches)[0]["logits"])
 
@@ -484,16 +486,20 @@ def curve(model, lr: float, steps: int = 50) -> torch.Tensor:
 
 @pytest.mark.parametrize("options, lr", [("plain", 1e-2), slow("dora", 2e-3)])
 def test_fifty_steps_of_training(options, lr):
-    """The curve is no further from that in fp64 than twice what PEFT's is. At 1e-2 the training of
-    DoRA makes 1e-2 of rounding errors of 1e-7, PEFT's own too, and says nothing."""
+    """The curve is no further from that in fp64 than twice what PEFT's is, and one that starts an
+    ulp off. At 1e-2 the training of DoRA makes 1e-2 of rounding errors of 1e-7, PEFT's own too, and
+    says nothing."""
     trained = ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"]
     given = config(target_modules=trained, **OPTIONS[options])
-    true, theirs, ours = (model_of(given) for _ in range(3))
-    report = fl.accelerate(ours)
-    true, theirs, ours = curve(true.double(), lr), curve(theirs, lr), curve(ours, lr)
+    models = [model_of(given) for _ in range(4)]
+    report = fl.accelerate(models[0])
+    for model in models[2:]:
+        model.double()
+    nudge_((p for p in models[3].parameters() if p.requires_grad), torch.float32)
+    ours, theirs, true, near = (curve(model, lr) for model in models)
     assert not report.fallbacks and ours[-10:].mean() < ours[:10].mean()
-    ulps = 4 * torch.finfo(torch.float32).eps * true.max()
-    assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + ulps
+    error, of_peft, of_ulps = ((one - true).abs().max() for one in (ours, theirs, near))
+    assert error <= 2 * (of_peft + of_ulps) < 0.1
 
 
 # What is not covered.

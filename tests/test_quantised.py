@@ -2,6 +2,7 @@
 what is kept for their backward, and models of transformers that are quantised as they are loaded.
 """
 
+import copy
 import gc
 import logging
 import pickle
@@ -29,16 +30,43 @@ class Base(NamedTuple):
     rounds_x: bool = False
 
 
-def bitsandbytes_4bit(linear: torch.nn.Linear, kind: str) -> Base:
+def bitsandbytes_4bit(
+    linear: torch.nn.Linear, kind: str, nested: bool = True, packed: bool = False
+) -> Base:
+    """On every machine a layer as on a CPU with AVX512_BF16, where it packs its weight for
+    inference. packed: it has done so."""
     bnb = pytest.importorskip("bitsandbytes")
     out_features, in_features = linear.weight.shape
     layer = bnb.nn.Linear4bit(
-        in_features, out_features, compute_dtype=linear.weight.dtype, quant_type=kind
+        in_features,
+        out_features,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=nested,
+        quant_type=kind,
     )
     layer.load_state_dict(linear.state_dict())
     layer.to(DEVICE)
-    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    layer.support_avx512bf16_for_cpu = True
+    if packed:
+        weight = pack(layer)
+    else:
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return Base(layer, weight.to(linear.weight.dtype))
+
+
+def pack(layer) -> torch.Tensor:
+    """What bitsandbytes does at the first inference; returns the weight, its scales rounded."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    data, state = layer.weight.data, copy.copy(layer.weight.quant_state)
+    if state.nested:
+        scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    else:
+        scales = state.absmax
+    state.absmax, state.nested = scales.bfloat16().float(), False
+    weight = functional.dequantize_4bit(data, state)
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(data, layer.weight.quant_state)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    return weight
 
 
 def bitsandbytes_8bit(linear: torch.nn.Linear) -> Base:
@@ -66,7 +94,9 @@ def torchao_weight_only(linear: torch.nn.Linear, bits: int) -> Base:
 
 BASES = {
     "nf4": lambda linear: bitsandbytes_4bit(linear, "nf4"),
-    "fp4": lambda linear: bitsandbytes_4bit(linear, "fp4"),
+    "fp4": lambda linear: bitsandbytes_4bit(linear, "fp4", nested=False),
+    "nf4, packed": lambda linear: bitsandbytes_4bit(linear, "nf4", packed=True),
+    "fp4, packed": lambda linear: bitsandbytes_4bit(linear, "fp4", nested=False, packed=True),
     "int8 of bitsandbytes": bitsandbytes_8bit,
     "int8 of torchao": lambda linear: torchao_weight_only(linear, 8),
     "int4 of torchao": lambda linear: torchao_weight_only(linear, 4),
@@ -132,6 +162,81 @@ def test_what_is_kept_for_the_backward(make):
         assert of_base < weight.nbytes
 
 
+FOUR_BITS = [name for name in BASES if name[:3] in ("nf4", "fp4")]
+four_bits = pytest.mark.parametrize("make", [BASES[name] for name in FOUR_BITS], ids=FOUR_BITS)
+
+
+def dequantised(layer) -> torch.Tensor:
+    """Of the layer as it is saved: what a fresh one that loads it computes with."""
+    bnb = pytest.importorskip("bitsandbytes")
+    fresh = bnb.nn.Linear4bit(K, N)
+    parts = {name.split("weight.")[1]: t for name, t in layer.state_dict().items() if "." in name}
+    fresh.weight = bnb.nn.Params4bit.from_prequantized(layer.weight.data, parts, device=DEVICE)
+    return bnb.functional.dequantize_4bit(fresh.weight.data, fresh.weight.quant_state)
+
+
+def under_adapter(layer) -> torch.nn.Module:
+    return LoRAAdapter(layer, r=R, init=False)
+
+
+def under_peft(layer) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(layer)
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=R, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    fl.accelerate(model)
+    return model
+
+
+@four_bits
+@pytest.mark.parametrize("adapted", [under_adapter, under_peft], ids=["own", "PEFT"])
+def test_a_4_bit_weight_is_not_packed_under_an_adapter(make, adapted):
+    """Inference, then a gradient, then a state: all of the weight that was loaded."""
+    base, weight, _ = make(torch.nn.Linear(K, N, device=DEVICE))
+    model = adapted(base).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.zero_()
+    x = torch.randn(M, K, device=DEVICE)
+    with torch.no_grad():
+        y = model(x)
+    assert_accurate(["y"], [y], lambda *t: [F.linear(*t)], [x, weight, base.bias.detach()])
+    x.requires_grad_()
+    dy = torch.randn(M, N, device=DEVICE)
+    for mode in (True, False):
+        (dx,) = torch.autograd.grad(model.train(mode)(x), x, dy)
+        assert_accurate(["dx"], [dx], lambda dy, weight: [dy @ weight], [dy, weight])
+    assert torch.equal(dequantised(base), weight)
+
+
+@four_bits
+def test_merging_of_peft_over_4_bits_after_inference(make):
+    """A merge reads and writes the weight: it is that of a model that never was called."""
+    pytest.importorskip("peft")
+    x, found = torch.randn(M, K, device=DEVICE), []
+    linear = torch.nn.Linear(K, N, device=DEVICE)
+    for called in (True, False):
+        torch.manual_seed(1)
+        model = under_peft(make(copy.deepcopy(linear)).layer).eval()
+        with torch.no_grad():
+            if called:
+                model(x)
+            model.base_model.merge_adapter()
+            found.append(model(x))
+    assert torch.equal(*found)
+
+
+@four_bits
+def test_restore_lets_a_4_bit_weight_pack_again(make):
+    base = make(torch.nn.Linear(K, N, device=DEVICE)).layer
+    model = under_peft(base)
+    fl.accelerate(model)
+    assert not base.support_avx512bf16_for_cpu
+    fl.restore(model)
+    assert base.support_avx512bf16_for_cpu
+
+
 # Whole models
 
 
@@ -164,9 +269,9 @@ def test_a_model_with_adapters_trains_and_comes_back(make, tmp_path):
     fl.inject(model, fl.LoRAConfig(r=R, target_modules=["up", "down", "head"]))
     assert type(model.up) is type(model.down) is LoRAAdapter and type(model.head) is LoRALinear
     before = plain_weights(model)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(20):
         losses.append(F.cross_entropy(model(x), target))
         optimizer.zero_grad()
         losses[-1].backward()
@@ -194,10 +299,15 @@ def quantised_llama(folder, kind: str):
             **(options if kind == "4 bit" else {"load_in_8bit": True})
         )
     if not folder.exists():
-        tiny_llama().save_pretrained(folder)
-    return transformers.LlamaForCausalLM.from_pretrained(
+        # K, a multiple of a block of 64, and N, of 32, as real layers have them.
+        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(
         folder, quantization_config=config, device_map=DEVICE
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # PEFT alone is wrong where it packs
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 kinds = pytest.mark.parametrize("kind", ["4 bit", "8 bit", "torchao"])
@@ -330,14 +440,11 @@ def test_a_layer_of_peft_around_a_quantised_one(make, dtype, p, bias):
     want = fl.reference.lora_add(want, x, a, b, scale=scale, dropout_p=p, seed=seed)
     if bias:
         want = want + layer.lora_B["default"].bias * scale
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    )
-    torch.testing.assert_close(y, want.to(dtype), **tolerance)
     theirs = torch.autograd.grad(want, [x, *trained], dy.to(want.dtype))
     assert not report.fallbacks and y.dtype == dtype
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one - other).norm() <= 1e-2 * other.norm()
+    for one, other in zip((y, *ours), (want, *theirs), strict=True):
+        error = (one.double() - other.double()).norm()
+        assert error <= 8 * torch.finfo(dtype).eps * other.double().norm()
 
 
 @kinds

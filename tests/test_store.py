@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, SEED
 from tiny_llama import tiny_llama
 
 import fused_lora as fl
@@ -234,7 +234,7 @@ def test_a_model_without_a_layer_for_it_is_unchanged():
 
 def test_500_changes_against_a_dictionary():
     """The store does what a dict of adapters with an order of use does."""
-    rng, model = random.Random(0), mlp()
+    rng, model = random.Random(SEED), mlp()
     store, known = fl.AdapterStore(model, 4, 4), {}
     x = torch.randn(2, K, device=DEVICE)
     pool = {name: {"2": weights(rng.randint(1, 4), 16, N)} for name in "abcdefgh"}

@@ -4,7 +4,7 @@ The tolerance comes from the data: against an fp64 truth, an implementation may 
 plain PyTorch does in the same dtype, plus a few units in the last place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,6 +95,17 @@ def assert_accurate(
     """Hold `ours` to the plain PyTorch function fn(*inputs): against fp64, at most twice its error
     plus a few ulps (see Truth)."""
     Truth(fn, inputs).check(names, ours)
+
+
+@torch.no_grad()
+def nudge_(tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Move every number by about an ulp of dtype, at random.
+
+    What this changes in the result of a long computation is what its roundings can: the error of
+    one way to compute it is a single sample, and may be small by chance.
+    """
+    for t in tensors:
+        t.addcmul_(t, torch.randn_like(t), value=torch.finfo(dtype).eps)
 
 
 def guarded(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora.integrations.shared_input import observed
+from fused_lora.nn.checks import keep_unpacked_
 from fused_lora.ops import validation as check
 from fused_lora.ops.dora_linear import dora_linear
 from fused_lora.ops.lora_add import lora_add
@@ -634,8 +635,9 @@ def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> 
     their names, save_pretrained, set_adapter, disable_adapter, merging, adapters that are added
     later, and hooks on the layers stay PEFT's. Linear layers run by lora_linear, with DoRA by
     dora_linear, batches with adapter_names by multi_lora_linear; embeddings by lora_embedding; over
-    a quantised layer, whose own kernel makes the base product, lora_add. Several active adapters
-    are summed. The backend is that of fused_lora (see use_backend).
+    a quantised layer, whose own kernel makes the base product, lora_add; a 4-bit weight stays as it
+    was loaded, and is not packed for inference on a CPU. Several active adapters are summed. The
+    backend is that of fused_lora (see use_backend).
 
     What is not covered runs PEFT's own forward, and is counted with the reason in report.fallbacks:
     variants other than DoRA, DoRA beside other active adapters or over a quantised layer, other
@@ -667,6 +669,8 @@ def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> 
     for layer in layers.values():
         layer.__class__ = classes.get(type(layer), type(layer))
         vars(layer).pop("fused_lora_group", None)
+        if type(layer) in forms and keep_unpacked_(layer.get_base_layer()):
+            layer.fused_lora_packs = True
     groups = [] if sample is None else _group(model, layers, sample)
     return AccelerateReport(reports, layers, groups)
 
@@ -682,3 +686,5 @@ def restore(model: torch.nn.Module) -> None:
             layer.__class__ = exact[type(layer)]
             vars(layer).pop("fused_lora_fallbacks", None)
             vars(layer).pop("fused_lora_group", None)
+            if vars(layer).pop("fused_lora_packs", False):
+                layer.get_base_layer().support_avx512bf16_for_cpu = True

@@ -15,6 +15,7 @@ from fused_lora.nn.checks import (
     check_probability,
     check_rank,
     execution_device,
+    keep_unpacked_,
     kind_of,
 )
 from fused_lora.nn.linear import (
@@ -97,6 +98,8 @@ class LoRAAdapter(torch.nn.Module):
         check_adapter_dtype(adapter_dtype)
         super().__init__()
         self.base_layer = base_module.requires_grad_(False)
+        for module in base_module.modules():
+            keep_unpacked_(module)
         self.in_features, self.out_features = K, N
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.init, self.gate_init = lora_dropout, init, gate_init

@@ -55,6 +55,30 @@ def is_quantised(module: torch.nn.Module) -> bool:
     )
 
 
+def keep_unpacked_(module: torch.nn.Module) -> bool:
+    """Leave the weight of a 4-bit layer of bitsandbytes as it was loaded; True where it would not.
+
+    On a CPU with AVX512_BF16 bitsandbytes packs the weight anew at the first inference. Whatever
+    reads it takes it for the weight that was loaded: its product has no gradient of x, and what is
+    dequantized, merged or saved from it is wrong. A weight that is packed is unpacked here, but its
+    scales stay rounded to bfloat16.
+    """
+    packs = getattr(module, "support_avx512bf16_for_cpu", False)
+    if packs:
+        module.support_avx512bf16_for_cpu = False
+    weight = module._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        # Its inverse leaves the scales transposed, or quantizes them anew.
+        scales = state.absmax.t().float().flatten()
+        state.original_nested = False
+        weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        state.absmax = scales
+    return bool(packs)
+
+
 def placement(module: torch.nn.Module):
     """The hook by which accelerate keeps a module on the device that device_map has for it, or
     None."""
