@@ -104,6 +104,9 @@ class NamedGPU:
 
 
 GPU = NamedGPU()
+# Since Triton 3.8 each line of inline assembly, as of a load, counts as a line of the source.
+ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.S)
+LOC = re.compile(r"^\s*\.loc\s.*\n", re.M)
 PLANTED: list[Case] = []
 LAUNCHED: list[str] = []  # hashes
 KERNELS: dict[str, dict] = {}  # hash -> facts
@@ -114,10 +117,14 @@ CHOSEN: dict[str, dict] = {}  # kernel -> the row that the table last gave it
 def install():
     """From here on a launch compiles and is recorded."""
     from fused_lora.triton_kernels import configs
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    run, choose = JITFunction.run, configs.choose
+    run, choose, make_ptx = JITFunction.run, configs.choose, CUDABackend.make_ptx
+
+    def with_true_lines(self, *stage):
+        return ASSEMBLY.sub(lambda found: LOC.sub("", found[0]), make_ptx(self, *stage))
 
     def compile_only(self, *args, grid, warmup, **meta):
         record(self.__name__, meta, run(self, *args, grid=grid, warmup=True, **meta))
@@ -132,6 +139,7 @@ def install():
 
     driver.set_active(GPU)
     JITFunction.run = compile_only
+    CUDABackend.make_ptx = with_true_lines
     configs.choose = remember
     configs.capability = lambda device: GPU.sm
 
@@ -231,20 +239,32 @@ def tool(name: str, *arguments: str) -> str:
 
 
 LINE = re.compile(r'//## File "(.+)", line (\d+)')
+OPERAND = re.compile(r"(?:load\(\s*)?(\w+?)(?:_ptrs?\b|,)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 WIDTHS = {".256": 32, ".128": 16, ".64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
+def call_at(file: str, number: int) -> str:
+    """A source line, and those after it until the brackets that it opens are closed.
+
+    The line of a load is the one of its pointer, and since Triton 3.8 that of the call.
+    """
+    text = getline(file, number)
+    while text.count("(") > text.count(")") and (more := getline(file, number + 1)):
+        text, number = text + more, number + 1
+    return text.strip()
+
+
 def read_sass(sass: str) -> dict:
-    """Counts of instructions, and of loads by operand: x for a source line with x_ptr or x_ptrs."""
-    counts, loads, source = Counter(), {}, None
+    """Counts of instructions, and of loads by operand: x for a call with x_ptr or x_ptrs."""
+    counts, loads, place, inlined = Counter(), {}, None, False
     for text in sass.splitlines():
         if found := LINE.search(text):
             # Of a nest of inlined calls the first line is the innermost.
-            source = source or getline(found[1], int(found[2]))
-            operand = re.search(r"(?:load\()?(\w+?)(?:_ptrs?\b|,)", source)
+            place = place if inlined else (found[1], int(found[2]))
+            inlined = True
         elif found := INSTRUCTION.search(text):
-            source, (name, operands) = None, found.groups()
+            inlined, (name, operands) = False, found.groups()
             base = name.split(".")[0]
             counts[base] += 1
             counts["HGMMA with a register on the left"] += bool(
@@ -254,7 +274,9 @@ def read_sass(sass: str) -> dict:
             if base in ("LDG", "LDGSTS"):
                 width = next((w for mark, w in WIDTHS.items() if mark in name), 4)
                 key = f"{'async' if base == 'LDGSTS' else 'plain'} {width}"
-                loads.setdefault(operand[1], Counter())[key] += 1
+                call = call_at(*place)
+                operand = found[1] if (found := OPERAND.search(call)) else call
+                loads.setdefault(operand, Counter())[key] += 1
     return {"counts": counts, "loads": loads}
 
 

@@ -23,6 +23,11 @@ from fused_lora.triton_kernels import configs
 from fused_lora.triton_kernels.segment_gemm import swizzle2d
 
 SOURCE = Path(fused_lora.triton_kernels.__file__).with_name("segment_gemm_hopper.py")
+# Triton's names of the copies into shared memory and out of it, until 3.8 and since.
+COPIES = {
+    "old": ("async_copy_global_to_shared", "async_copy_shared_to_global"),
+    "new": ("async_load", "async_store"),
+}
 
 
 class Stop(BaseException):
@@ -283,7 +288,7 @@ class Block:
 
         self.schedule.run([call(*partition) for partition in partitions])
 
-    def modules(self) -> dict[str, types.ModuleType]:
+    def modules(self, copies: str) -> dict[str, types.ModuleType]:
         """{name: module} of what segment_gemm_hopper.py imports from Triton."""
 
         def module(name, **attributes):
@@ -334,9 +339,8 @@ class Block:
             ),
             tma=module(
                 "tma",
-                async_copy_global_to_shared=self.load,
-                async_copy_shared_to_global=self.store,
                 store_wait=self.store_wait,
+                **dict(zip(COPIES[copies], (self.load, self.store), strict=True)),
             ),
             warpgroup_mma=self.mma,
             warpgroup_mma_wait=self.mma_wait,
@@ -361,10 +365,10 @@ class Emulated:
     """segment_gemm of segment_gemm_hopper.py, on a device of so many multiprocessors.
 
     `fault` is None or (old, new): a piece of the source, and what is there instead. The operands in
-    `late` have their values only when the kernel before ends.
+    `late` have their values only when the kernel before ends. `copies` tells by which names.
     """
 
-    def __init__(self, *, multiprocessors=2, fault=None):
+    def __init__(self, *, multiprocessors=2, fault=None, copies="new"):
         self.block, self.seed = Block(), 0
         source = SOURCE.read_text()
         if fault is not None:
@@ -374,7 +378,7 @@ class Emulated:
             "fused_lora.triton_kernels.segment_gemm_emulated", SOURCE
         )
         self.module = importlib.util.module_from_spec(spec)
-        modules = self.block.modules()
+        modules = self.block.modules(copies)
         with mock.patch.dict(sys.modules, modules):
             exec(compile(source, SOURCE, "exec"), self.module.__dict__)
         self.module.launch = self.launch

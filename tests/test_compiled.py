@@ -69,6 +69,9 @@ def problems(f: dict):
         yield "a pipelined wgmma has a left operand in registers, which ptxas can miscompile"
     if (groups := counts["HGMMA that ends a group"]) > f["groups"]:
         yield f"wgmma is serialized: {groups} groups where {f['groups']} are meant"
+    for operand in f["loads"]:
+        if not operand.isidentifier():
+            yield f"a load of no known operand: {operand}"
     for operand in BIG.get(f["kernel"], ()):
         loads = f["loads"].get(operand, {})
         size = {key: int(key.split()[1]) * n for key, n in loads.items()}

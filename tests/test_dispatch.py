@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_lora as fl
-from fused_lora import _extension
-from fused_lora.ops import dispatch
+from fused_lora import _extension, cli
+from fused_lora.ops import dispatch, lora_linear
 
 
 def arguments():
@@ -70,6 +72,50 @@ def test_cuda_without_the_extension(monkeypatch):
     monkeypatch.setattr(_extension, "why_missing", lambda: "the CUDA extension was not built")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: the CUDA extension was not"):
         fl.lora_linear(*arguments(), scale=1.0, backend="cuda")
+
+
+def as_on_a_gpu(monkeypatch, capability):
+    """From here on torch sees a GPU, on which fake tensors may be."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("FUSED_LORA_EMULATED", raising=False)
+    monkeypatch.setattr(_extension, "why_missing", _extension.why_missing.__wrapped__)
+    monkeypatch.setattr(dispatch, "gpu_refuses", dispatch.gpu_refuses.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = SimpleNamespace(
+        name="a GPU", major=capability[0], minor=capability[1], total_memory=0,
+        multi_processor_count=1,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+
+
+def test_rocm_is_refused_by_name(monkeypatch):
+    """An MI300, as torch shows it: a cuda device of capability 9.4."""
+    as_on_a_gpu(monkeypatch, (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    why = "this torch is built for ROCm 6.4.43482, and the kernels for NVIDIA GPUs"
+    with FakeTensorMode():
+        assert fl.backends() == {"torch": None, "triton": why, "cuda": why}
+        ops = cli.facts()["ops"]
+        x = torch.empty(4, device="cuda")
+        with pytest.raises(RuntimeError) as raised:
+            dispatch.require("lora_linear", "triton", lora_linear.REFUSALS, x)
+    assert str(raised.value) == f"lora_linear: backend 'triton' cannot run: {why}"
+    assert ops["lora_linear"] == {"torch": None, "triton": why, "cuda": why}
+    assert not [op for op in ops for name in ("triton", "cuda") if ops[op].get(name, why) is None]
+    with pytest.raises(RuntimeError, match=why):
+        _extension.load()
+
+
+def test_an_old_gpu_is_refused_by_every_op(monkeypatch):
+    as_on_a_gpu(monkeypatch, (7, 5))
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    why = "cuda:0 has compute capability 7.5; the {} kernels need 8.0"
+    with FakeTensorMode():
+        reasons, ops = fl.backends(), cli.facts()["ops"]
+    assert reasons == {"torch": None, "triton": why.format("Triton"), "cuda": why.format("CUDA")}
+    assert {found["cuda"] for found in ops.values() if "cuda" in found} == {why.format("CUDA")}
 
 
 def test_cuda_takes_no_float64(monkeypatch):

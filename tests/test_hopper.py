@@ -15,7 +15,7 @@ from cases import fuzz
 from conftest import DEVICE, EXTENT
 from fused_lora.bench import hopper
 from fused_lora.triton_kernels import configs, routes
-from gluon_cpu import Emulated, install
+from gluon_cpu import COPIES, Emulated, install
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -252,6 +252,11 @@ def test_an_adapter_that_tma_cannot_read_is_copied(R, turned):
         assert not emulated.overlap
 
 
+@pytest.mark.parametrize("copies", COPIES)
+def test_the_names_of_any_triton_will_do(copies):
+    check(Emulated(copies=copies).segment_gemm, operands(40, 24, (40, 8), False), config=small())
+
+
 # A piece of the kernel, and a fault in its place.
 FAULTS = {
     "the producer waits for the wrong parity": (
@@ -284,8 +289,8 @@ FAULTS = {
         "        # until",
     ),
     "y without a fence": (
-        "        fence_async_shared()\n        tma.async_copy_shared",
-        "        tma.async_copy_shared",
+        "        fence_async_shared()\n        async_store(",
+        "        async_store(",
     ),
     "barriers without a fence": (
         "    fence_async_shared()\n    into",

@@ -1153,6 +1153,12 @@ FAULTS = {
         "",
         TORCH.format("selective_checkpointing_saves_or_computes_the_op_again[True-lora_add]"),
     ),
+    "an AMD GPU passes for one of NVIDIA": Fault(
+        "ops/dispatch.py",
+        "    if (reason := _extension.rocm()) is not None:\n        return reason\n",
+        "",
+        "test_dispatch.py::test_rocm_is_refused_by_name",
+    ),
     "the scale loses its tangent": Fault(
         CHECKS,
         "        check_tangent(op, name, scale)\n",

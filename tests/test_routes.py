@@ -157,7 +157,7 @@ def test_a_route_that_cannot_be_taken_says_so(table, route, masked, why):
 def test_another_triton_is_refused(monkeypatch):
     monkeypatch.setattr(routes.triton, "__version__", "4.0.1")
     assert routes.gluon_refuses(forward()) == (
-        "the Gluon kernel is made for Triton 3.6, 3.7, this is 4.0.1"
+        "the Gluon kernel is made for Triton 3.6, 3.7, 3.8, 3.9, this is 4.0.1"
     )
 
 

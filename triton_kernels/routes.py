@@ -13,7 +13,7 @@ from . import configs
 from . import segment_gemm as plain
 
 # Those with which the machine code of the Gluon kernel is what tests/test_hopper.py asks for.
-GLUON = "3.6", "3.7"
+GLUON = "3.6", "3.7", "3.8", "3.9"
 
 
 def form(segments, mask=None) -> str:

@@ -46,6 +46,11 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMERS = gl.constexpr(2)
 # Three warpgroups (the producer's has one warp at work) share 504 registers a thread.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
+# Triton 3.8 renamed the copies, and 3.9 has the new names only.
+if hasattr(tma, "async_load"):
+    async_load, async_store = tma.async_load, tma.async_store
+else:
+    async_load, async_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 
 
 @triton.jit
@@ -81,9 +86,9 @@ def load_step(lhs, rhs, first_m, first_n, first_k, it, ring, TURNED: gl.constexp
     slot, parity = slot_of(it, full.shape[0])
     mbarrier.wait(empty.index(slot), parity ^ 1)
     mbarrier.expect(full.index(slot), lhs.block_type.nbytes + rhs.block_type.nbytes)
-    tma.async_copy_global_to_shared(lhs, [first_m, first_k], full.index(slot), lhs_ring.index(slot))
+    async_load(lhs, [first_m, first_k], full.index(slot), lhs_ring.index(slot))
     at = [first_k, first_n] if TURNED else [first_n, first_k]
-    tma.async_copy_global_to_shared(rhs, at, full.index(slot), rhs_ring.index(slot))
+    async_load(rhs, at, full.index(slot), rhs_ring.index(slot))
 
 
 @gluon.jit
@@ -203,7 +208,7 @@ def consumer(
         tma.store_wait(0)  # until the tile before has left y_tile
         y_tile.store(acc.to(y.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [first_m, first_n], y_tile)
+        async_store(y, [first_m, first_n], y_tile)
     tma.store_wait(0)
 
 

@@ -18,12 +18,21 @@ def emulates() -> bool:
     return bool(os.environ.get("FUSED_LORA_EMULATED"))
 
 
+def rocm() -> str | None:
+    """None, or why no kernel runs: a torch built for ROCm names AMD's GPUs cuda devices too."""
+    if torch.version.hip is None:
+        return None
+    return f"this torch is built for ROCm {torch.version.hip}, and the kernels for NVIDIA GPUs"
+
+
 @functools.cache
 def why_missing() -> str | None:
     """None where the extension is loaded or loads now, else why not, and the command that helps."""
     if emulates():
         torch.ops.load_library(os.environ["FUSED_LORA_EMULATED"])
         return None
+    if (reason := rocm()) is not None:
+        return reason
     try:
         importlib.import_module("fused_lora._C")
     except ModuleNotFoundError:

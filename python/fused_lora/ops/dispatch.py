@@ -1,6 +1,6 @@
 """Which backend runs an op, and why the others do not.
 
-"torch" runs everywhere. "triton" needs a CUDA device of compute capability 8.0 or later. "cuda"
+"torch" runs everywhere. "triton" needs an NVIDIA GPU of compute capability 8.0 or later. "cuda"
 needs that and the compiled extension. Nothing falls back: a backend that was asked for runs or
 raises the reason.
 """
@@ -64,8 +64,14 @@ def _triton_missing() -> str | None:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def gpu_refuses(device: torch.device, kernels: str) -> str | None:
+    """None where `kernels` ("Triton", "CUDA") run on this cuda device, else why not."""
+    if (reason := _extension.rocm()) is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{device} has compute capability {major}.{minor}; the {kernels} kernels need 8.0"
+    return None
 
 
 def triton_interprets() -> bool:
@@ -87,10 +93,7 @@ def triton_refuses(x: torch.Tensor, name: str = "x") -> str | None:
         return f"{name} is on {x.device}; the Triton kernels run on CUDA devices"
     if triton_interprets():
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it and start again"
-    major, minor = _capability(x.device.index)
-    if major < 8:
-        return f"{x.device} has compute capability {major}.{minor}; the Triton kernels need 8.0"
-    return None
+    return gpu_refuses(x.device, "Triton")
 
 
 def watched(x: torch.Tensor) -> bool:
@@ -121,10 +124,7 @@ def cuda_refuses(x: torch.Tensor) -> str | None:
         return "FUSED_LORA_EMULATED is set, which runs kernels on the CPU; unset it and start again"
     if not x.is_cuda:
         return f"x is on {x.device}; the CUDA kernels run on CUDA devices"
-    major, minor = _capability(x.device.index)
-    if major < 8:
-        return f"{x.device} has compute capability {major}.{minor}; the CUDA kernels need 8.0"
-    return None
+    return gpu_refuses(x.device, "CUDA")
 
 
 def kernels(backend: str):
@@ -148,12 +148,12 @@ def backends() -> dict[str, str | None]:
     """{backend: None if it can run on this machine, else the sentence why not}, chosen first."""
     reasons: dict[str, str | None] = {"torch": None}
     if torch.cuda.is_available():
-        reasons["triton"] = triton_refuses(torch.empty(0, device="cuda"))
+        probe = torch.empty(0, device="cuda")
+        reasons |= {"triton": triton_refuses(probe), "cuda": cuda_refuses(probe)}
     else:
-        reasons["triton"] = triton_refuses(torch.empty(0))
-    reasons["cuda"] = _extension.why_missing()
-    if reasons["cuda"] is None and not (torch.cuda.is_available() or _extension.emulates()):
-        reasons["cuda"] = "torch sees no CUDA device"
+        reasons |= {"triton": triton_refuses(torch.empty(0)), "cuda": _extension.why_missing()}
+        if reasons["cuda"] is None and not _extension.emulates():
+            reasons["cuda"] = "torch sees no CUDA device"
     chosen = choose(None)
     return {name: reasons[name] for name in sorted(BACKENDS, key=lambda b: b != chosen)}
 

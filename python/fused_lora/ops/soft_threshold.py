@@ -29,7 +29,9 @@ _library.define("soft_threshold_cuda_(Tensor(a!)[] gates, float xi, bool officia
 def _refuse_cuda(gate: Tensor) -> str | None:
     if not (gate.is_cuda or _extension.emulates()):
         return f"gates are on {gate.device}; the CUDA kernel runs on CUDA devices"
-    return _extension.why_missing()
+    if (missing := _extension.why_missing()) is not None or not gate.is_cuda:
+        return missing
+    return dispatch.gpu_refuses(gate.device, "CUDA")
 
 
 REFUSALS = {
