@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_lora.checkpoint import AdapterWeights, read_adapter
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
+from fused_lora.names import check_takes_parameters
 from fused_lora.nn import MultiLoRALinear
 from fused_lora.nn.checks import check_linear
 from fused_lora.ops.routing import AdapterRouting
@@ -47,6 +48,7 @@ class AdapterStore:
         target_modules: str | Sequence[str] = "all-linear",
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        check_takes_parameters("AdapterStore", model, reduced=False)
         targets: dict = targets_of(model, LoRAConfig(target_modules=target_modules))
         for name, module in targets.items():
             check_linear(f"target module {name!r}", module)
