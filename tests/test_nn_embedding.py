@@ -424,7 +424,7 @@ def spoil(folder, what):
         ("kind", ValueError, "peft_type must be 'DEPT'"),
         ("field", ValueError, "fields missing or unknown: inference_mode"),
         ("rank", ValueError, "r must be at least 1, got 0"),
-        ("length", ValueError, "max_length is 11, and here 10"),
+        ("length", ValueError, r"lora_a must have shape \[11, 4\], got \[10, 4\]"),
         ("tensor", ValueError, "tensors missing or unknown: lora_b"),
         ("shape", ValueError, r"prompt must have shape \[3, 32\], got \[3, 31\]"),
         ("nan", ValueError, "lora_a has values that are not finite numbers"),

@@ -6,9 +6,12 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
+from fused_lora.files import shown_name
+from fused_lora.names import check_takes_parameters, named_modules, unwrapped
 from fused_lora.nn.adalora import SCALINGS, AdaLoRALinear, check_scaling
 from fused_lora.nn.adapter import (
     ADAPTED,
@@ -29,10 +32,10 @@ from fused_lora.nn.checks import (
     placement,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
-from fused_lora.names import check_takes_parameters, named_modules, unwrapped
 from fused_lora.nn.sharded import check_whole
 
 ALL_LINEAR = "all-linear"
+_MOST_COMPARED, _LONGEST_COMPARED = 10_000, 120
 BIASES = ("none", "all", "lora_only")
 
 
@@ -157,10 +160,18 @@ def _pattern_key(patterns: Iterable[str], name: str) -> str | None:
 
 
 def nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
-    """The names, or last parts of them, that look most like the wanted ones, in words."""
+    """The names, or last parts of them, that look most like the wanted ones, in words. Of many, or
+    long ones, the first and their ends alone: both may come from a file."""
     known = list(dict.fromkeys(n for name in names for n in (name.rpartition(".")[2], name)))
-    near = [m for w in wanted for m in difflib.get_close_matches(w, known, n=3, cutoff=0.5)]
-    return ", ".join(dict.fromkeys(near or known[:5])) or "none, the model has no nn.Linear"
+    ends = [n[-_LONGEST_COMPARED:] for n in islice(known, _MOST_COMPARED)]
+    near = [
+        m
+        for w in islice(wanted, 3)
+        for m in difflib.get_close_matches(w[-_LONGEST_COMPARED:], ends, n=3, cutoff=0.5)
+    ]
+    return ", ".join(map(shown_name, dict.fromkeys(near or known[:5]))) or (
+        "none, the model has no nn.Linear"
+    )
 
 
 def _find_targets(

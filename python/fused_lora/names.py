@@ -32,11 +32,16 @@ def unwrapped(model: Module) -> Module:
     return model
 
 
+def clean_name(name: str) -> str:
+    """A name from a file without the components that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _CHILDREN)
+
+
 def named_modules(
     model: Module, *, every_name: bool = False, leaves: tuple[type, ...] = ()
 ) -> Iterator[tuple[str, Module]]:
-    """(name, module), in the order of Module.named_modules; a wrapper is left out, and what it wraps
-    has its name.
+    """(name, module), in the order of Module.named_modules; a wrapper is left out, and what it
+    wraps has its name.
 
     every_name: a shared module comes under each of its names, not under the first alone. leaves:
     kinds of modules that are not looked into.
@@ -60,8 +65,8 @@ def named_modules(
 
 
 def check_takes_parameters(op: str, model: Module, *, reduced: bool = True) -> None:
-    """Raise RuntimeError for a model in FullyShardedDataParallel, which knows those Parameters alone
-    that it was made with, and, where gradients of new ones are to be reduced, in
+    """Raise RuntimeError for a model in FullyShardedDataParallel, which knows those Parameters
+    alone that it was made with, and, where gradients of new ones are to be reduced, in
     DistributedDataParallel."""
     for module in model.modules():
         if _FSDP in module._modules or (reduced and isinstance(module, DistributedDataParallel)):

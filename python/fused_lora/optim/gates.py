@@ -43,9 +43,7 @@ def named_gates(model: torch.nn.Module) -> dict[str, Parameter]:
     """{name of the layer: its gate} of every SoRALinear, and LoRAAdapter with a gate, of model; a
     shared layer is there once. Raises NotImplementedError where FSDP1 has flattened them."""
     layers = {
-        name: m
-        for name, m in named_modules(model)
-        if isinstance(m, ADAPTED) and m.gate is not None
+        name: m for name, m in named_modules(model) if isinstance(m, ADAPTED) and m.gate is not None
     }
     for name, layer in layers.items():
         check_unflattened("named_gates", name, layer)
