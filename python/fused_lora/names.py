@@ -6,6 +6,7 @@ name, such as _orig_mod, is not one that anybody wrote.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.nn import Module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -39,7 +40,7 @@ def clean_name(name: str) -> str:
 
 def named_modules(
     model: Module, *, every_name: bool = False, leaves: tuple[type, ...] = ()
-) -> Iterator[tuple[str, Module]]:
+) -> Iterator[tuple[str, Any]]:
     """(name, module), in the order of Module.named_modules; a wrapper is left out, and what it
     wraps has its name.
 

@@ -353,7 +353,8 @@ def _check_embeddings(
     if strange := sorted(set(adapter.embeddings) ^ set(embeddings)):
         raise ValueError(
             f"{dir}: the adapted embeddings of the folder, {few(list(adapter.embeddings))}, are "
-            f"not those of the model, {few(list(embeddings))}: {shown_name(strange[0])} is in one alone"
+            f"not those of the model, {few(list(embeddings))}: {shown_name(strange[0])} is in one "
+            f"alone"
         )
     for name, weights in adapter.embeddings.items():
         layer = embeddings[name]

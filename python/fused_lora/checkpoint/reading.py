@@ -171,7 +171,8 @@ def sorted_keys(
 
     Raises KeyError where a layer lacks a tensor, or nothing explains one.
     """
-    found, rest = Keys(), {}
+    found = Keys()
+    rest: dict[str, str] = {}
     kinds = (found.layers, reader.endings), (found.embeddings, reader.embedding_endings)
     parts = [(part, end, into) for into, endings in kinds for part, end in endings.items()]
     for key in keys:
@@ -349,8 +350,9 @@ def find_base(
             )
         if t.shape != mine.shape:
             raise ValueError(
-                f"{what} has shape {shown(list(t.shape))}; the model's has {list(mine.shape)}: give "
-                f"it the vocabulary that the adapter was trained with (resize_token_embeddings)"
+                f"{what} has shape {shown(list(t.shape))}; the model's has "
+                f"{list(mine.shape)}: give it the vocabulary that the adapter was trained with "
+                f"(resize_token_embeddings)"
             )
         check_cast(what, t, mine.dtype)
         found[name] = mine
@@ -389,7 +391,7 @@ def taken_base(model: torch.nn.Module) -> dict[str, Tensor]:
                     f"{name} came with the adapter and is saved with it, but is merged; call "
                     f"fl.unmerge(model) first, or merge with keep_base"
                 )
-            found[name] = kept  # type: ignore[assignment]
+            found[name] = kept
     return found
 
 

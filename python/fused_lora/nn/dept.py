@@ -224,10 +224,9 @@ class DePT(torch.nn.Module):
         config, tensors = read_dept(folder)
         dim = tensors["lora_b"].shape[1]
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        if getattr(embeddings, "embedding_dim", dim) != dim:
+        if (own := getattr(embeddings, "embedding_dim", dim)) != dim:
             raise ValueError(
-                f"{folder}: the prompt is for embeddings of {dim}, and the model's have "
-                f"{embeddings.embedding_dim}"
+                f"{folder}: the prompt is for embeddings of {dim}, and the model's have {own}"
             )
         sizes = {name: config[name] for name in FIELDS[1:]}
         made = cls(model, **sizes, **options)
