@@ -1143,7 +1143,7 @@ FAULTS = {
     ),
     "inputs of reentrant checkpoints require no gradient": Fault(
         INJECT,
-        'if getattr(model, "is_gradient_checkpointing", False):',
+        'if getattr(bare, "is_gradient_checkpointing", False):',
         "if False:",
         LLAMA.format("a_reentrant_checkpoint_of_frozen_inputs_is_seen_to"),
     ),

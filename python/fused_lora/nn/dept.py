@@ -184,7 +184,6 @@ class DePT(torch.nn.Module):
         tensors = {name: t.detach().contiguous() for name, t in _trained(own).items()}
         write_files(Path(folder), config, tensors)
 
-    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         """Take prompt, pair and scale of a folder that save() wrote: this task's, or a source
         task's to start from.
@@ -196,6 +195,7 @@ class DePT(torch.nn.Module):
         """
         self._take(folder, *read_dept(folder))
 
+    @torch.no_grad()
     def _take(self, folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:
         parameters = _trained(self.embedding)
         for name in FIELDS[1:4]:
