@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
 
 import fused_lora as fl
+from fused_lora import files
 from fused_lora.nn import DePT, DePTEmbedding, LoRAEmbedding, dept_rank
 from fused_lora.nn import dept as nn_dept
 
@@ -424,7 +425,7 @@ def spoil(folder, what):
         ("kind", ValueError, "peft_type must be 'DEPT'"),
         ("field", ValueError, "fields missing or unknown: inference_mode"),
         ("rank", ValueError, "r must be at least 1, got 0"),
-        ("length", ValueError, "max_length is 11, and here 10"),
+        ("length", ValueError, r"lora_a must have shape \[11, 4\], got \[10, 4\]"),
         ("tensor", ValueError, "tensors missing or unknown: lora_b"),
         ("shape", ValueError, r"prompt must have shape \[3, 32\], got \[3, 31\]"),
         ("nan", ValueError, "lora_a has values that are not finite numbers"),
@@ -445,9 +446,11 @@ def test_a_spoilt_folder_changes_nothing(tmp_path, what, error, message):
 
 
 def test_a_save_is_one_step(tmp_path, monkeypatch):
-    """One that fails leaves what was there, one that is cut short is read whole, and one that comes
-    while the folder is read is noticed: never the config of one with the tensors of another."""
-    first, second = (DePT(tiny("llama"), m, S, R, lora_alpha=alpha) for alpha in (1, 2))
+    """One that fails leaves what was there, one that is cut short is read whole, and so is one that
+    comes while the folder is read: never the config of one with the tensors of another."""
+    first, second = (
+        DePT(tiny("llama"), m, S, R, lora_alpha=alpha, prompt_init="random") for alpha in (1, 2)
+    )
     first.save(tmp_path)
 
     def full(*args, **options):
@@ -461,17 +464,28 @@ def test_a_save_is_one_step(tmp_path, monkeypatch):
         patch.setattr("fused_lora.files.finish", lambda folder: None)
         second.save(tmp_path)
     assert DePT.from_folder(tiny("llama"), tmp_path).embedding.lora_alpha == 2
-    for name in ("read_json", "Header"):
-        first.save(tmp_path)
-        real = getattr(nn_dept, name)
+    for place, name in ((files, "read_json"), (nn_dept, "Header")):
+        real, left = getattr(place, name), []
 
-        def and_then_a_save(*args, real=real):
-            found = real(*args)
-            second.save(tmp_path)
+        def and_a_save(*args, real=real, left=left, **options):
+            if left:
+                left.pop()
+                second.save(tmp_path)
+            found = real(*args, **options)
+            if left:
+                left.pop()
+                second.save(tmp_path)
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(nn_dept, name, and_then_a_save)
+            patch.setattr(place, name, and_a_save)
+            for saves in (1, 2):
+                first.save(tmp_path)
+                left[:] = [None] * saves
+                made = DePT.from_folder(tiny("llama"), tmp_path).embedding
+                of = first if made.lora_alpha == 1 else second
+                assert torch.equal(made.prompt, of.embedding.prompt) and not left
+            left[:] = [None] * 1000
             with pytest.raises(RuntimeError, match="was saved while it was read; read it again"):
                 first.load(tmp_path)
 

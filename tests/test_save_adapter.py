@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
 import warnings
@@ -15,6 +16,8 @@ from torch.nn import LayerNorm, Linear, Module, ModuleList
 import fused_lora as fl
 from fused_lora import files
 from fused_lora.checkpoint import reading
+from fused_lora.checkpoint.adalora import read_adalora
+from fused_lora.checkpoint.convert import convert_peft
 from fused_lora.checkpoint.reading import read_folder
 from fused_lora.nn import LoRALinear, SoRALinear
 
@@ -612,24 +615,119 @@ def test_an_error_while_the_files_are_written_leaves_nothing_behind(tmp_path, mo
     assert pair(tmp_path) == (2, 2) and sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
 
 
-def test_a_save_while_the_folder_is_read_is_noticed(tmp_path, monkeypatch):
-    """Whenever it comes: never the config of one with the weights of another."""
-    first, second = pruned({"q": 2}, lora_alpha=2), pruned({"q": 2}, lora_alpha=6)
-    for name in ("read_json", "Header", "sorted_keys"):
-        fl.save_adapter(first, tmp_path)
-        real = getattr(reading, name)
+# Where a save may come in between, in each reader.
+STEPS_OF_A_READ = (
+    (files, "_config_file"), (files, "read_json"), (files, "_weights_file"), (reading, "Header"),
+    (reading, "sorted_keys"), (reading, "read_tensors"),
+)  # fmt: skip
 
-        def and_then_a_save(*args, real=real, **options):
-            found = real(*args, **options)
+
+@pytest.mark.parametrize(
+    "place, name", STEPS_OF_A_READ, ids=lambda v: v if isinstance(v, str) else ""
+)
+@pytest.mark.parametrize("adalora", [False, True], ids=["lora", "adalora"])
+def test_a_save_while_the_folder_is_read(tmp_path, monkeypatch, place, name, adalora):
+    """Whenever it comes: the old adapter or the new one, never the config of one with the weights
+    of another. One that comes each time is an error."""
+    first, second = (injected(lora_alpha=a, adalora=adalora, targets=["q"]) for a in (2, 6))
+    with torch.no_grad():
+        second.q.lora_a.zero_()
+    fl.save_adapter(first, tmp_path)
+    real, left, calls = getattr(place, name), [1], []
+
+    def and_a_save(*args, **options):
+        calls.append(name)
+        if left[0] > 0:
+            left[0] -= 1
             fl.save_adapter(second, tmp_path)
-            return found
+        found = real(*args, **options)
+        if left[0] > 0:
+            left[0] -= 1
+            fl.save_adapter(second, tmp_path)
+        return found
 
-        with monkeypatch.context() as patch:
-            patch.setattr(reading, name, and_then_a_save)
-            with pytest.raises(RuntimeError, match="was saved while it was read; read it again"):
-                read_folder(tmp_path)
-        (weights,) = read_folder(tmp_path).layers.values()
-        assert weights.scale == 3
+    monkeypatch.setattr(place, name, and_a_save)
+    for saves in (1, 2):
+        fl.save_adapter(first, tmp_path)
+        left[0] = saves
+        model = fl.load_adapter(build(), tmp_path)
+        old = model.q.scale == first.q.scale
+        assert old or model.q.scale == second.q.scale
+        assert torch.equal(model.q.lora_a, (first if old else second).q.lora_a)
+        assert left == [0]
+    if name != "_config_file":
+        left[0], calls[:] = 10**6, []
+        with pytest.raises(RuntimeError, match="was saved while it was read; read it again"):
+            fl.load_adapter(build(), tmp_path)
+        assert len(calls) == files.ATTEMPTS
+
+
+def save_in_a_loop(folder, started, stop):
+    """Two adapters in turn, which differ in rank, scale and values."""
+    torch.set_num_threads(1)
+    models = [pruned({"q": r}, lora_alpha=3 * r) for r in (2, 3)]
+    while not stop.is_set():
+        for model in models:
+            fl.save_adapter(model, folder)
+            started.set()
+
+
+def save_adalora_in_a_loop(folder, started, stop):
+    models = [injected(r=r, lora_alpha=3 * r, adalora=True, targets="q") for r in (2, 3)]
+    while not stop.is_set():
+        for model in models:
+            fl.save_adapter(model, folder)
+            started.set()
+
+
+def read_in_many_ways(folder, out, i):
+    """(rank, scale over rank's own) by each reader."""
+    (weights,) = read_folder(folder).layers.values()
+    yield weights.lora_a.shape[0], weights.scale
+    layer = fl.load_adapter(build(), folder).q
+    yield layer.r, layer.scale
+    model = pruned({"q": 4})
+    fl.swap_adapter(model, folder)
+    yield model.q.r, model.q.scale
+    store = fl.AdapterStore(build(), 1, 4)
+    store.load("a", folder)
+    bank = store.layers["q"].bank
+    yield int(bank.rank[store.index("a")]), float(bank.scale[store.index("a")])
+    convert_peft(folder, out / str(i))
+    (weights,) = read_folder(out / str(i)).layers.values()
+    yield weights.lora_a.shape[0], weights.scale
+
+
+def read_adalora_in_many_ways(folder, out, i):
+    (weights,) = read_adalora(folder).values()
+    yield weights.lora_a.shape[0], round(weights.scale, 3)
+    layer = fl.load_adapter(build(), folder).q
+    yield layer.r, round(layer.scale, 3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="starts processes")
+@pytest.mark.parametrize(
+    "save, read",
+    [(save_in_a_loop, read_in_many_ways), (save_adalora_in_a_loop, read_adalora_in_many_ways)],
+    ids=["lora", "adalora"],
+)
+def test_a_process_that_saves_in_a_loop_beside_one_that_loads(tmp_path, save, read):
+    """Every load is of the one or of the other, whole: each has the scale 3."""
+    context = multiprocessing.get_context("spawn")
+    started, stop = context.Event(), context.Event()
+    folder = tmp_path / "a"
+    process = context.Process(target=save, args=(folder, started, stop))
+    process.start()
+    try:
+        assert started.wait(120)
+        for i in range(25):
+            for rank, scale in read(folder, tmp_path, i):
+                assert rank in (2, 3) and scale == 3
+    finally:
+        stop.set()
+        process.join(60)
+        process.kill()
+    assert process.exitcode == 0
 
 
 def test_others_may_read_what_the_owner_may_read_of_the_config(tmp_path):

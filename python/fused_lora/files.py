@@ -8,11 +8,14 @@ old pair, the new one, or a folder without a config, but never one file of each.
 
 import json
 import os
+import reprlib
 import shlex
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +23,38 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PART, READY = ".adapter.part", ".adapter.ready"
 LARGEST_CONFIG, LARGEST_HEADER = 2**20, 2**24
 PICKLES = ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"
+# How often a folder is read that is saved meanwhile, and the pause where a file is not there.
+ATTEMPTS, PAUSE = 20, 0.001
+LARGEST_SHOWN = 160
+
+T = TypeVar("T")
+
+_repr = reprlib.Repr()
+_repr.maxstring, _repr.maxlong, _repr.maxother, _repr.maxlevel = LARGEST_SHOWN, 60, 60, 3
+
+
+def shown(value: object) -> str:
+    """repr(value) for a message, cut where it is long: value may be all that a file holds."""
+    text = _repr.repr(value)
+    return text if len(text) <= LARGEST_SHOWN else f"{text[:LARGEST_SHOWN]}..."
+
+
+def shown_name(name: str) -> str:
+    """A name from a file as it is, where it is short and printable; else as shown has it."""
+    return name if len(name) <= LARGEST_SHOWN and name.isprintable() else shown(name)
+
+
+def short(text: object) -> str:
+    """The text of an error that may quote a file, cut where it is long."""
+    text = str(text)
+    return text if len(text) <= 3 * LARGEST_SHOWN else f"{text[: 3 * LARGEST_SHOWN]}..."
+
+
+def few(names: Collection[str]) -> str:
+    """The first three of names for a message, and how many more there are."""
+    first = ", ".join(shown(name) for name, _ in zip(names, range(3), strict=False))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"[{first}]{more}"
 
 
 def python_command(code: str) -> str:
@@ -50,42 +85,100 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def adapter_files(folder: Path) -> tuple[Path, Path]:
-    """(config, weights) of an adapter folder, also of one whose save was cut short."""
+def _config_file(folder: Path) -> Path:
     if folder.is_file():
         more = "; a pickle is never opened" if folder.suffix in PICKLES else ""
         raise NotADirectoryError(
             f"{folder} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}{more}"
         )
-    paths = [CONFIG, WEIGHTS]
-    if (folder / READY / CONFIG).is_file():
-        paths = [f"{READY}/{n}" if (folder / READY / n).is_file() else n for n in paths]
+    ready = (folder / READY / CONFIG).is_file()
+    return inside(folder, f"{READY}/{CONFIG}" if ready else CONFIG)
+
+
+def _weights_file(folder: Path, config: Path) -> Path:
+    """The weights that belong to a config. Those beside a config that is READY move away first."""
+    ready = config.parent.name == READY and (folder / READY / WEIGHTS).is_file()
+    name = f"{READY}/{WEIGHTS}" if ready else WEIGHTS
     pickle = folder / "adapter_model.bin"
-    if not (folder / paths[1]).is_file() and pickle.exists():
+    if not (folder / name).is_file() and pickle.exists():
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS}; a pickle is never opened. If you trust who made it: "
             f"{unpickle_command(pickle, folder / WEIGHTS)}"
         )
-    return inside(folder, paths[0]), inside(folder, paths[1])
+    return inside(folder, name)
 
 
-def unchanged(folder: Path, config: Path) -> Callable[[], None]:
-    """A check that no save came since: one takes the config away before it touches the weights."""
-    first = config.stat()
+class _Saved(Exception):
+    """A save came while something was read."""
 
-    def check() -> None:
-        now = config.stat() if config.exists() else None
-        if now is None or (now.st_ino, now.st_mtime_ns) != (first.st_ino, first.st_mtime_ns):
-            raise RuntimeError(f"{folder} was saved while it was read; read it again")
 
-    return check
+def _again(path: Path, attempt: Callable[[], T]) -> T:
+    """attempt(), as often as it takes until no save came in between, but ATTEMPTS times at most."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return attempt()
+        except _Saved:
+            continue
+        except FileNotFoundError:
+            # A save moves files: what is in neither place is in the other one at once.
+            if left == 0 or not path.exists():
+                raise
+            time.sleep(PAUSE)
+    raise RuntimeError(f"{path} was saved while it was read; read it again")
+
+
+def _hold(path: Path, read: Callable[[BinaryIO, Callable[[], None]], T]) -> T:
+    """read(file, opened): opened() raises _Saved unless the file is still the one at path. It is
+    held open, so that no other has its inode."""
+    with path.open("rb") as file:
+
+        def opened() -> None:
+            now = os.stat(path) if path.exists() else None
+            if now is None or not os.path.samestat(os.fstat(file.fileno()), now):
+                raise _Saved
+
+        try:
+            return read(file, opened)
+        except FileNotFoundError:
+            raise
+        except Exception:
+            opened()  # else what was read may be of two saves, and the error of neither
+            raise
+
+
+def read_held(path: Path, read: Callable[[Callable[[], None]], T]) -> T:
+    """read(opened) of one file, which opens it more than once; opened is called the last time."""
+    return _again(path, lambda: _hold(path, lambda _, opened: read(opened)))
+
+
+def read_whole(
+    folder: Path, read: Callable[[Path, dict[str, Any], Path, Callable[[], None]], T]
+) -> T:
+    """read(config path, config, weights path, opened) of an adapter folder, old or new but never of
+    both: where a save came in between, it is called again.
+
+    read calls opened() when it has opened the weights for the last time. A save takes the config
+    away before it touches the weights, so weights that were opened while one config was in its
+    place are that config's.
+    """
+
+    def attempt() -> T:
+        path = _config_file(folder)
+        return _hold(
+            path,
+            lambda file, opened: read(
+                path, read_json(path, file=file), _weights_file(folder, path), opened
+            ),
+        )
+
+    return _again(folder, attempt)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twice!r} occurs twice")
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return found
 
 
@@ -96,17 +189,22 @@ def parse_json(path: Path, text: str) -> dict:
     except RecursionError:
         raise ValueError(f"{path}: too many brackets in each other") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {short(error)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
     return found
 
 
-def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict:
-    if path.stat().st_size > largest:
+def read_json(path: Path, largest: int = LARGEST_CONFIG, file: BinaryIO | None = None) -> dict:
+    """The object in a file, of at most so many bytes; file: it is open already."""
+    if file is None:
+        with path.open("rb") as file:
+            return read_json(path, largest, file)
+    data = file.read(largest + 1)
+    if len(data) > largest:
         raise ValueError(f"{path} is larger than {largest} bytes")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     return parse_json(path, text)
@@ -132,7 +230,7 @@ class Header(dict):
             with safe_open(path, framework="pt"):
                 pass  # holds types, shapes and offsets to the size of the file
         except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {short(error)}") from None
         super().__init__(parse_json(path, text.decode("utf-8")))
         self.metadata = self.pop("__metadata__", {})
         self.start = 8 + length

@@ -6,9 +6,12 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
+from fused_lora.files import shown_name
+from fused_lora.names import check_takes_parameters, named_modules, unwrapped
 from fused_lora.nn.adalora import SCALINGS, AdaLoRALinear, check_scaling
 from fused_lora.nn.adapter import (
     ADAPTED,
@@ -32,6 +35,7 @@ from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
 from fused_lora.nn.sharded import check_whole
 
 ALL_LINEAR = "all-linear"
+_MOST_COMPARED, _LONGEST_COMPARED = 10_000, 120
 BIASES = ("none", "all", "lora_only")
 
 
@@ -156,10 +160,18 @@ def _pattern_key(patterns: Iterable[str], name: str) -> str | None:
 
 
 def nearest(wanted: Iterable[str], names: Iterable[str]) -> str:
-    """The names, or last parts of them, that look most like the wanted ones, in words."""
+    """The names, or last parts of them, that look most like the wanted ones, in words. Of many, or
+    long ones, the first and their ends alone: both may come from a file."""
     known = list(dict.fromkeys(n for name in names for n in (name.rpartition(".")[2], name)))
-    near = [m for w in wanted for m in difflib.get_close_matches(w, known, n=3, cutoff=0.5)]
-    return ", ".join(dict.fromkeys(near or known[:5])) or "none, the model has no nn.Linear"
+    ends = [n[-_LONGEST_COMPARED:] for n in islice(known, _MOST_COMPARED)]
+    near = [
+        m
+        for w in islice(wanted, 3)
+        for m in difflib.get_close_matches(w[-_LONGEST_COMPARED:], ends, n=3, cutoff=0.5)
+    ]
+    return ", ".join(map(shown_name, dict.fromkeys(near or known[:5]))) or (
+        "none, the model has no nn.Linear"
+    )
 
 
 def _find_targets(
@@ -189,14 +201,15 @@ def _find_targets(
 
 def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Every name of every module, of a shared one too."""
-    return {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    return {name: m for name, m in named_modules(model, every_name=True) if name}
 
 
 def targets_of(model: torch.nn.Module, config: LoRAConfig) -> dict[str, torch.nn.Module]:
     """{name: module} that `config` names in `model`; ValueError with the nearest names if none."""
     names = _names(model)
-    get_head = getattr(model, "get_output_embeddings", None)
-    targets = _find_targets(config, names, get_head() if callable(get_head) else None)
+    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    targets = _find_targets(config, names, None if head is None else unwrapped(head))
     if not targets:
         wanted = config.target_modules
         hint = ""
@@ -216,7 +229,7 @@ def replace_modules(model: torch.nn.Module, new: Mapping[int, torch.nn.Module]) 
     for name, module in names.items():
         if id(module) in new:
             path, _, child = name.rpartition(".")
-            parent = names[path] if path else model
+            parent = names[path] if path else unwrapped(model)
             setattr(parent, child, new[id(module)])
             if isinstance(parent, torch.nn.TransformerEncoderLayer):
                 # Its fused inference path reads linear1.weight and would pass the adapter by.
@@ -267,7 +280,8 @@ def inject(
     kind, for a model that is itself the layer (use LoRALinear.from_linear), for a matching module
     that is none of these, by name, and for what bias or modules_to_save would train of an offloaded
     layer; ValueError where no module matches, with the nearest names; RuntimeError where the model
-    has adapters already. A name or pattern that meets nothing beside others that do is a warning.
+    has adapters already, or is in DistributedDataParallel or FullyShardedDataParallel, which take
+    no new Parameters. A name or pattern that meets nothing beside others that do is a warning.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -275,11 +289,13 @@ def inject(
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
     if any(isinstance(m, ADAPTED) for m in model.modules()):
         raise RuntimeError("model has adapters already; inject into a model only once")
-    if isinstance(model, torch.nn.Linear):
+    bare = unwrapped(model)
+    if isinstance(bare, torch.nn.Linear):
         raise TypeError(
             f"model is itself a linear layer, which cannot be replaced in place; use "
-            f"{'LoRAAdapter' if is_quantised(model) else 'LoRALinear.from_linear'}"
+            f"{'LoRAAdapter' if is_quantised(bare) else 'LoRALinear.from_linear'}"
         )
+    check_takes_parameters("inject", model)
 
     names = _names(model)
     targets = targets_of(model, config)
@@ -325,9 +341,9 @@ def inject(
         for layer in model.modules():
             if isinstance(layer, ADAPTED) and layer.bias is not None:
                 layer.bias.requires_grad_(True)
-    if getattr(model, "is_gradient_checkpointing", False):
-        model.enable_input_require_grads()  # type: ignore[operator]
-    model.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
+    if getattr(bare, "is_gradient_checkpointing", False):
+        bare.enable_input_require_grads()  # type: ignore[operator]
+    bare.fused_lora_config = copy.deepcopy(config)  # type: ignore[assignment]
     return model
 
 
@@ -375,8 +391,8 @@ def _with_adapter(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRAL
 
 def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
     """The LoRALinear modules of model, all of which must be in the state `merged`."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    for name, module in model.named_modules():
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALinear)}
+    for name, module in named_modules(model):
         if isinstance(module, LoRAAdapter):
             raise NotImplementedError(why_unmergeable(repr(name), module))
     if not layers:
@@ -408,7 +424,7 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     check_choice("keep_base", keep_base, KEEP_BASE)
     layers = _adapted_layers(model, merged=False)
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for own, parameter in module.named_parameters(name, recurse=False):
             owners.setdefault(_memory(parameter), []).append(own)
     for layer in layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_lora.checkpoint import AdapterWeights, read_adapter
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
+from fused_lora.names import check_takes_parameters
 from fused_lora.nn import MultiLoRALinear
 from fused_lora.nn.checks import check_linear
 from fused_lora.ops.routing import AdapterRouting
@@ -47,6 +48,8 @@ class AdapterStore:
         target_modules: str | Sequence[str] = "all-linear",
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        check_takes_parameters("AdapterStore", model, reduced=False)
+        self._model = model
         targets: dict = targets_of(model, LoRAConfig(target_modules=target_modules))
         for name, module in targets.items():
             check_linear(f"target module {name!r}", module)
@@ -89,7 +92,7 @@ class AdapterStore:
 
     def load(self, name: str, folder: str | Path, *, pin: bool = False) -> int:
         """Read an adapter folder (fused_lora.checkpoint.read_adapter) and add it; its id."""
-        return self.add(name, read_adapter(folder), pin=pin)
+        return self.add(name, read_adapter(folder, self._model), pin=pin)
 
     def add(self, name: str, adapter: Mapping[str, AdapterWeights], *, pin: bool = False) -> int:
         """Put {module name: (lora_a, lora_b, scale, gate)} under a new name; its id.
@@ -129,7 +132,7 @@ class AdapterStore:
         layer.
         """
         if isinstance(adapter, (str, Path)):
-            adapter = read_adapter(adapter)
+            adapter = read_adapter(adapter, self._model)
         self._check(adapter)
         with self.lock:
             index = self.index(name)

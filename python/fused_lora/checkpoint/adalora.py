@@ -6,6 +6,7 @@ and k may be zero. The scale stays lora_alpha / (init_r + 1e-5), whatever k is.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +20,24 @@ from fused_lora.checkpoint.formats import (
     check_alpha,
     check_rank,
 )
-from fused_lora.checkpoint.reading import PREFIX, read_tensors, sorted_keys
-from fused_lora.files import Header, adapter_files, read_json, write_files
+from fused_lora.checkpoint.reading import (
+    PREFIX,
+    Adapter,
+    check_cast,
+    find_base,
+    read_folder,
+    take_base,
+    taken_base,
+)
+from fused_lora.files import few, shown, shown_name, write_files
 from fused_lora.inject import LoRAConfig, inject, nearest
+from fused_lora.names import clean_name, named_modules
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter
+from fused_lora.nn.checks import check_probability
+from fused_lora.nn.embedding import LoRAEmbedding
 from fused_lora.nn.linear import LoRALinear
+from fused_lora.nn.sharded import check_whole
 from fused_lora.optim.adalora import RankAllocator
 
 PEFT_TYPE = "ADALORA"
@@ -39,20 +52,19 @@ class AdaLoRAReader(LoRAReader):
     """
 
     endings: ClassVar = {"lora_A": ".lora_A", "lora_B": ".lora_B", "lora_E": ".lora_E"}
+    embedding_endings: ClassVar = {}
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        if config.get("peft_type") != PEFT_TYPE:
-            raise ValueError(
-                f"{path}: peft_type must be {PEFT_TYPE}, got {config.get('peft_type')!r}"
-            )
         for field, (plain, reason) in UNSUPPORTED.items():
             if config.get(field) not in plain:
                 raise NotImplementedError(
-                    f"{path}: {field}={config[field]!r} is not supported: {reason}"
+                    f"{path}: {field}={shown(config[field])} is not supported: {reason}"
                 )
         for field in ("bias", "modules_to_save"):
             if config.get(field) not in (None, "none", []):
-                raise NotImplementedError(f"{path}: {field}={config[field]!r} is not supported")
+                raise NotImplementedError(
+                    f"{path}: {field}={shown(config[field])} is not supported"
+                )
         check_rank(f"{path}: init_r", config.get("init_r"))
         check_alpha(f"{path}: lora_alpha", config.get("lora_alpha"))
         self.init_r, self.alpha = config["init_r"], config["lora_alpha"]
@@ -65,30 +77,40 @@ class AdaLoRAReader(LoRAReader):
         for key, mask in patterns.items():
             module, ending, adapter = key.rpartition(".lora_E")
             if not module or "." in adapter.removeprefix("."):
-                raise ValueError(f"{path}: rank_pattern has the key {key!r}, which is no lora_E")
+                raise ValueError(
+                    f"{path}: rank_pattern has the key {shown(key)}, which is no lora_E"
+                )
             if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
-                raise TypeError(f"{path}: rank_pattern[{key!r}] must be a list of booleans")
+                raise TypeError(f"{path}: rank_pattern[{shown(key)}] must be a list of booleans")
             if len(mask) != self.init_r:
                 raise ValueError(
-                    f"{path}: rank_pattern[{key!r}] must have init_r = {self.init_r} entries, got "
-                    f"{len(mask)}"
+                    f"{path}: rank_pattern[{shown(key)}] must have init_r = {self.init_r} "
+                    f"entries, got {len(mask)}"
                 )
-            self._masks[module] = mask
+            self._masks[clean_name(module)] = mask
+        check_probability(f"{path}: lora_dropout", config.get("lora_dropout") or 0.0)
 
     def mask(self, module: str) -> list[bool]:
         """Which of the triplets at the start the module still has."""
         return self._masks.get(module, [True] * self.init_r)
 
+    def check_modules(self, path: Path, layers: Collection[str]) -> None:
+        if strangers := sorted(set(self._masks).difference(layers)):
+            raise KeyError(
+                f"{path}: rank_pattern names {few(strangers)}, of which no tensor exists"
+            )
+
     def check_shapes(
         self, path: Path, module: str, keys: dict[str, str], shapes: dict[str, list[int]]
     ) -> None:
         """Hold the tensors of a layer, {part: key} and {part: shape}, to the config."""
-        k = sum(self.mask(module))
+        k = sum(self._masks[module]) if module in self._masks else self.init_r
         for part, shape in shapes.items():
             wide = {"lora_A": [k, *shape[1:]], "lora_B": [*shape[:1], k], "lora_E": [k, 1]}[part]
             if len(shape) != 2 or shape != wide:
                 raise ValueError(
-                    f"{path}: {keys[part]} must have shape {_FORMS[part].format(k)}, got {shape}"
+                    f"{path}: {shown_name(keys[part])} must have shape {_FORMS[part].format(k)}, "
+                    f"got {shown(shape)}"
                 )
 
     def weights(self, module: str, tensors: dict[str, Tensor]) -> AdapterWeights:
@@ -98,15 +120,7 @@ class AdaLoRAReader(LoRAReader):
         return AdapterWeights(a, b, alpha / (self.init_r + 1e-5), e[:, 0])
 
 
-def _read(folder: Path) -> tuple[AdaLoRAReader, dict[str, AdapterWeights], dict[str, Any]]:
-    config_path, path = adapter_files(folder)
-    config = read_json(config_path)
-    reader, header = AdaLoRAReader(config_path, config), Header(path)
-    keys = sorted_keys(path, header, reader)
-    if strangers := sorted(set(reader._masks) - set(keys.layers)):
-        raise KeyError(f"{config_path}: rank_pattern names {strangers}, of which no tensor exists")
-    layers, _ = read_tensors(path, header, keys, reader)
-    return reader, layers, config
+ADALORA = {PEFT_TYPE: AdaLoRAReader}
 
 
 def read_adalora(folder: str | Path) -> dict[str, AdapterWeights]:
@@ -117,11 +131,10 @@ def read_adalora(folder: str | Path) -> dict[str, AdapterWeights]:
 
     Raises what fused_lora.checkpoint.read_adapter raises, for the same reasons.
     """
-    _, layers, _ = _read(Path(folder))
+    layers = read_folder(folder, readers=ADALORA).layers
     return {module: weights for module, weights in layers.items() if weights.lora_a.shape[0]}
 
 
-@torch.no_grad()
 def load_adalora(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
     """Read a PEFT AdaLoRA folder into model; returns model.
 
@@ -134,14 +147,24 @@ def load_adalora(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
     Raises, before model is changed: what read_adalora raises; ValueError for layers and shapes
     that do not fit, with the nearest names; TypeError for layers of another kind.
     """
-    reader, found, config = _read(Path(folder))
-    modules = dict(model.named_modules())
+    take_adalora(model, folder, read_folder(folder, readers=ADALORA))
+    return model
+
+
+@torch.no_grad()
+def take_adalora(model: torch.nn.Module, folder: str | Path, adapter: Adapter) -> None:
+    """What load_adalora does with what it has read."""
+    found, config = adapter.layers, adapter.config
+    reader: AdaLoRAReader = adapter.reader  # type: ignore[assignment]
+    modules = dict(named_modules(model))
+    base = find_base(folder, model, adapter, load=True)
     for name, weights in found.items():
         linear = modules.get(name)
         if not isinstance(linear, torch.nn.Linear):
             names = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear)]
             raise ValueError(
-                f"{folder}: the model has no nn.Linear {name!r}; nearest: {nearest([name], names)}"
+                f"{folder}: the model has no nn.Linear {shown(name)}; nearest: "
+                f"{nearest([name], names)}"
             )
         K, N = weights.lora_a.shape[1], weights.lora_b.shape[0]
         if (N, K) != tuple(linear.weight.shape):
@@ -152,6 +175,11 @@ def load_adalora(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
     adapted = {name: m for name, m in modules.items() if isinstance(m, ADAPTED)}
     if adapted:
         _check_adapted(folder, adapted, set(found), reader.init_r)
+        for name, weights in found.items():
+            check_whole(f"{folder}", name, modules[name])
+            for part in ("lora_a", "lora_b"):
+                t: Tensor = getattr(weights, part)
+                check_cast(f"{folder}: {part} of {name}", t, getattr(modules[name], part).dtype)
     else:
         wide = any(
             torch.promote_types(w.lora_a.dtype, modules[n].weight.dtype) != modules[n].weight.dtype
@@ -163,10 +191,10 @@ def load_adalora(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
             adalora_scaling="peft", lora_dropout=config.get("lora_dropout") or 0.0,
         )  # fmt: skip
         inject(model, plan, adapter_dtype=torch.float32 if wide else None)
-        modules = dict(model.named_modules())
+        modules = dict(named_modules(model))
     for name, weights in found.items():
         _take(modules[name], reader.mask(name), weights)
-    return model
+    take_base(model, adapter, base)
 
 
 def _take(layer, mask: list[bool], weights) -> None:
@@ -191,8 +219,8 @@ def _check_adapted(
             raise ValueError(f"{folder}: init_r is {init_r}, and {name} has rank {layer.r}")
     if set(adapted) != found:
         raise ValueError(
-            f"{folder}: its layers are not the model's: without {sorted(set(adapted) - found)}, "
-            f"and with {sorted(found - set(adapted))}"
+            f"{folder}: its layers are not the model's: without "
+            f"{few(sorted(set(adapted) - found))}, and with {few(sorted(found - set(adapted)))}"
         )
 
 
@@ -225,7 +253,8 @@ def save_adalora(
     scale that is not positive, which PEFT replaces, and for NaN or infinity; TypeError for dtypes
     other than fp32, fp16 and bf16.
     """
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)}
+    kinds = (*ADAPTED, LoRAEmbedding)
+    adapted = {name: m for name, m in named_modules(model) if isinstance(m, kinds)}
     layers = {name: m for name, m in adapted.items() if isinstance(m, AdaLoRALinear)}
     if not layers:
         raise ValueError("model has no AdaLoRALinear; there is no adapter to save")
@@ -237,6 +266,7 @@ def save_adalora(
         raise ValueError(f"lora_alpha must be positive, got {alpha}: PEFT replaces it by the rank")
     tensors, rank_pattern = {}, {}
     for name, layer in layers.items():
+        check_whole("save_adalora", name, layer)
         kept = (layer.gate != 0) if cut else torch.ones_like(layer.gate, dtype=torch.bool)
         parts = layer.lora_a[kept], layer.lora_b[:, kept], layer.gate[kept, None]
         for ending, t in zip(AdaLoRAReader.endings.values(), parts, strict=True):
@@ -246,6 +276,10 @@ def save_adalora(
                 raise ValueError(f"{name}{ending} has values that are NaN or infinite")
             tensors[f"{PREFIX}{name}{ending}"] = t.cpu().contiguous()
         rank_pattern[f"{name}.lora_E"] = kept.tolist()
+    for name, t in taken_base(model).items():
+        module, _, own = name.rpartition(".")
+        key = f"{module}.base_layer.{own}" if module in layers else name
+        tensors[PREFIX + key] = t.detach().to("cpu", copy=True).contiguous()
     config = {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
@@ -275,7 +309,7 @@ def _peft_alpha(layer: AdaLoRALinear) -> float:
 def _ends_alike(model: torch.nn.Module, targets: set[str]) -> str | None:
     """An expression for modules that PEFT would adapt too, as it takes a name for an ending."""
     endings = tuple("." + name for name in targets)
-    names = [n for n, _ in model.named_modules() if n.endswith(endings) and n not in targets]
+    names = [n for n, _ in named_modules(model) if n.endswith(endings) and n not in targets]
     return "|".join(map(re.escape, names)) or None
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,16 @@ from torch import Tensor
 from fused_lora.checkpoint.convert import check_target
 from fused_lora.checkpoint.formats import AdapterWeights
 from fused_lora.checkpoint.reading import Adapter, read_folder
-from fused_lora.files import CONFIG, Header, inside, python_command, read_json, sync
+from fused_lora.files import (
+    CONFIG,
+    Header,
+    inside,
+    python_command,
+    read_json,
+    shown,
+    shown_name,
+    sync,
+)
 from fused_lora.inject import nearest
 from fused_lora.nn.linear import _merge_into
 
@@ -82,6 +91,10 @@ class ModelFolder:
                 )
             self.shared |= {n: kept for n, kept in header.metadata.items() if kept in header}
         self.settings = read_json(self.file(SETTINGS)) if (folder / SETTINGS).exists() else {}
+        self._others = {kept: other for other, kept in self.shared.items()} | self.shared
+        self._alike: dict[tuple, list[str]] = {}
+        for name, stored in self.tensors.items():
+            self._alike.setdefault((*stored.shape, stored.dtype), []).append(name)
 
     def file(self, name: str) -> Path:
         """A file of the folder; as a link only within it, or to the blobs of a download cache."""
@@ -97,7 +110,7 @@ class ModelFolder:
             raise ValueError(f"{index} has no weight_map")
         for name in shards.values():
             if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{index}: {name!r} is not the name of a file in the folder")
+                raise ValueError(f"{index}: {shown(name)} is not the name of a file in the folder")
         return set(shards.values())
 
     def setting(self, name: str) -> Any:
@@ -110,23 +123,44 @@ class ModelFolder:
             file.seek(stored.start)
             return file.read(stored.size)
 
+    def holds(self, name: str, t: Tensor) -> bool:
+        """Whether the tensor of this name, or the embedding that it is tied to, has these values,
+        rounded as they are stored."""
+        name = self.shared.get(name, name)
+        if name in self.tensors:
+            names = [name]
+        else:
+            names = [n for n, s in self.tensors.items() if s.shape == list(t.shape)]
+            if not self.setting("tie_word_embeddings") or len(names) > FEW:
+                return False
+        for one in names:
+            stored = self.tensors[one]
+            dtype = DTYPES.get(stored.dtype)
+            if dtype is None or stored.shape != list(t.shape):
+                continue
+            data = torch.frombuffer(bytearray(self.read(one)), dtype=dtype)
+            if torch.equal(data.view(stored.shape), t.to(dtype)):
+                return True
+        return False
+
     def why_shared(self, name: str) -> str | None:
         """Why a change of the tensor of this name would change another, or be lost."""
-        others = {kept: other for other, kept in self.shared.items()} | self.shared
-        if name in others:
-            return f"{name} and {others[name]} are one tensor in {self.folder}"
+        if name in self._others:
+            other = shown_name(self._others[name])
+            return f"{shown_name(name)} and {other} are one tensor in {self.folder}"
         tied, stored = self.setting("tie_word_embeddings"), self.tensors.get(name)
         if stored is None:
-            return f"{name} is not stored: it is that of the embedding" if tied else None
+            missing = f"{shown_name(name)} is not stored: it is that of the embedding"
+            return missing if tied else None
         if tied and stored.shape[:1] == [self.setting("vocab_size")]:
             return f"the output head and the embedding of {self.folder} are tied ({SETTINGS})"
-        form = stored.shape, stored.dtype
-        alike = [other for other, s in self.tensors.items() if (s.shape, s.dtype) == form]
+        alike = self._alike[(*stored.shape, stored.dtype)]
         if tied is None and 1 < len(alike) <= FEW:
             data = self.read(name)
             for other in alike:
                 if other != name and self.read(other) == data:
-                    return f"{name} and {other} have the same values: they seem to be tied"
+                    pair = f"{shown_name(name)} and {shown_name(other)}"
+                    return f"{pair} have the same values: they seem to be tied"
         return None
 
 
@@ -140,16 +174,40 @@ def _untie_command(folder: Path) -> str:
     )
 
 
-Change = AdapterWeights | Tensor
+class Change(NamedTuple):
+    """What becomes of a stored tensor: `value` takes its place, where there is one, and the product
+    of `adapter` is added, transposed where that is of an embedding."""
+
+    value: Tensor | None
+    adapter: AdapterWeights | None = None
+    transposed: bool = False
+
+    def shape(self) -> list[int]:
+        if self.adapter is None:
+            return list(self.value.shape)  # type: ignore[union-attr]
+        sizes = [self.adapter.lora_b.shape[0], self.adapter.lora_a.shape[1]]
+        return sizes[::-1] if self.transposed else sizes
+
+    def product(self):
+        """(scale, A, B, gate) of W [N, K] += scale B diag(g) A. Of an embedding E [V, D], whose
+        A is [r, V] and B [D, r], it is scale A^T B^T, and it has no gate."""
+        a, b, scale, gate = self.adapter  # type: ignore[misc]
+        a, b, gate = (b.t(), a.t(), None) if self.transposed else (a, b, gate)
+        return scale, a, b, gate
 
 
 def _changes(model: ModelFolder, adapter: Adapter) -> dict[str, Change]:
-    """{stored tensor: the adapter that is added, or what takes its place}, all of which fit."""
-    changes: dict[str, Change] = {f"{name}.weight": w for name, w in adapter.layers.items()}
-    changes |= adapter.others
+    """{stored tensor: what becomes of it}, all of which fit. A base weight that the model has
+    already changes nothing."""
+    changes = {f"{name}.weight": Change(None, w) for name, w in adapter.layers.items()}
+    changes |= {f"{n}.weight": Change(None, w, True) for n, w in adapter.embeddings.items()}
+    for name, t in (adapter.others | adapter.base).items():
+        if name in adapter.others or not model.holds(name, t):
+            changes[name] = changes.get(name, Change(t))._replace(value=t)
     if "quantization_config" in model.settings:
         raise TypeError(f"{model.folder} is quantised ({SETTINGS}); merge into the model it is of")
     for name, change in changes.items():
+        what = shown_name(name)
         if reason := model.why_shared(name):
             raise ValueError(
                 f"{reason}; merging would change both, or be lost. Untie them first: "
@@ -157,22 +215,26 @@ def _changes(model: ModelFolder, adapter: Adapter) -> dict[str, Change]:
             )
         if name not in model.tensors:
             raise ValueError(
-                f"{model.folder} has no tensor {name!r}; nearest: {nearest([name], model.tensors)}"
+                f"{model.folder} has no tensor {shown(name)}; nearest: "
+                f"{nearest([name], model.tensors)}"
             )
         stored = model.tensors[name]
         dtype = DTYPES.get(stored.dtype)
-        if isinstance(change, Tensor):
-            shape, kind = list(change.shape), change.dtype
-        else:
-            shape, kind = [change.lora_b.shape[0], change.lora_a.shape[1]], change.lora_a.dtype
-        if dtype is None or dtype.is_floating_point != kind.is_floating_point:
-            raise TypeError(
-                f"{name} of {model.folder} is {stored.dtype}, which {kind} cannot be merged into"
-            )
-        if stored.shape != shape:
-            raise ValueError(
-                f"{name} of {model.folder} has shape {stored.shape}; the adapter is for {shape}"
-            )
+        parts = [
+            t for t in (change.value, change.adapter and change.adapter.lora_a) if t is not None
+        ]
+        for t in parts:
+            if dtype is None or dtype.is_floating_point != t.dtype.is_floating_point:
+                raise TypeError(
+                    f"{what} of {model.folder} is {stored.dtype}, which {t.dtype} cannot be merged "
+                    f"into"
+                )
+        for shape in (change.shape(), list(parts[0].shape) if change.value is not None else None):
+            if shape is not None and stored.shape != shape:
+                raise ValueError(
+                    f"{what} of {model.folder} has shape {shown(stored.shape)}; the adapter is for "
+                    f"{shown(shape)}"
+                )
     return changes
 
 
@@ -182,12 +244,13 @@ def _write(file: BinaryIO, name: str, stored: Stored, change: Change) -> None:
     file.seek(stored.start)
     file.readinto(data)  # type: ignore[attr-defined]
     t = torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape)
-    if isinstance(change, Tensor):
-        t.copy_(change)
+    base = t if change.value is None else change.value
+    if change.adapter is None:
+        t.copy_(base)
     else:
-        _merge_into(t, t, [(change.scale, change.lora_a, change.lora_b, change.gate)])
+        _merge_into(t, base, [change.product()])
     if not bool(t.isfinite().all()):
-        raise ValueError(f"{name} would have values that {stored.dtype} cannot hold")
+        raise ValueError(f"{shown_name(name)} would have values that {stored.dtype} cannot hold")
     file.seek(stored.start)
     file.write(data)
 
@@ -217,8 +280,9 @@ def merge_folder(
 
     model: model.safetensors, or shards and their index, as transformers saves them; settings and
     tokenizer are copied. adapter: a folder of PEFT's or save_adapter's, whose names are those of
-    the stored tensors; its biases and modules_to_save replace the model's. Each weight becomes
-    round(W + scale * B diag(g) A), summed in fp32 (fp64 for fp64). track goes through the shards.
+    the stored tensors; its biases, modules_to_save and base weights replace the model's. Each
+    weight becomes round(W + scale * B diag(g) A), of an embedding round(E + scale * A^T B^T),
+    summed in fp32 (fp64 for fp64). track goes through the shards.
 
     Returns what was done. Raises what read_adapter does; FileExistsError where out is there;
     ValueError for tensors that are not there, or of another shape, or tied to another, whose change
@@ -259,8 +323,8 @@ def merge_folder(
     sync(out.parent)
     return {
         "out": str(out),
-        "merged": sum(not isinstance(change, Tensor) for change in changes.values()),
-        "replaced": sum(isinstance(change, Tensor) for change in changes.values()),
+        "merged": sum(change.adapter is not None for change in changes.values()),
+        "replaced": sum(change.value is not None for change in changes.values()),
         "shards": len(folder.shards),
         "bytes": size,
         "copied": copied,

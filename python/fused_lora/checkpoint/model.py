@@ -11,18 +11,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from fused_lora.checkpoint.adalora import PEFT_TYPE, load_adalora, save_adalora
-from fused_lora.checkpoint.formats import AdapterWeights
-from fused_lora.checkpoint.reading import Adapter, read_folder
+from fused_lora.checkpoint.adalora import ADALORA, AdaLoRAReader, save_adalora, take_adalora
+from fused_lora.checkpoint.formats import READERS, AdapterWeights
+from fused_lora.checkpoint.reading import (
+    Adapter,
+    Endings,
+    check_base,
+    check_cast,
+    find_base,
+    read_folder,
+    take_base,
+    taken_base,
+)
 from fused_lora.checkpoint.writing import adapter_config, folded, write_adapter
-from fused_lora.files import adapter_files, read_json
-from fused_lora.inject import LoRAConfig, _lies_in, _matches, inject, nearest
+from fused_lora.files import few, shown, shown_name
+from fused_lora.inject import LoRAConfig, _matches, inject, nearest, replace_modules
+from fused_lora.names import check_takes_parameters, named_modules, unwrapped
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED, LoRAAdapter, weight_dtype
-from fused_lora.nn.checks import check_linear, keeps_its_product
-from fused_lora.nn.linear import LoRALinear, SoRALinear
+from fused_lora.nn.checks import check_embedding, check_linear, keeps_its_product
+from fused_lora.nn.embedding import LoRAEmbedding
+from fused_lora.nn.linear import LoRALinear, SoRALinear, lora_scale, set_adapter_
 from fused_lora.nn.sharded import check_whole
 
 # Of these it is known that A, B, scale and gate are all that they are.
@@ -31,31 +41,35 @@ Layer = LoRALinear | LoRAAdapter
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model within torch.compile and DistributedDataParallel."""
+    """The model within what is wrapped around it."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, ADAPTED):
+    model = unwrapped(model)
+    if isinstance(model, (*ADAPTED, LoRAEmbedding)):
         raise TypeError("model is itself an adapted layer, without a name; give what contains it")
-    inner = model.module if isinstance(model, DistributedDataParallel) else None
-    inner = getattr(model, "_orig_mod", inner)
-    return model if inner is None else _unwrapped(inner)
+    return model
 
 
 def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """{name: module} of every name, "" for the model; without the names that torch.compile adds,
-    and without what is within a LoRAAdapter, which stands for its base."""
-    modules = model.named_modules(remove_duplicate=False)
-    names = {name.replace("_orig_mod.", ""): module for name, module in modules}
-    around = tuple(f"{name}." for name, m in names.items() if isinstance(m, LoRAAdapter))
-    return {name: m for name, m in names.items() if not name.startswith(around)}
+    """{name: module} of every name, "" for the model, without what is within a LoRAAdapter, which
+    stands for its base."""
+    return dict(named_modules(model, every_name=True, leaves=(LoRAAdapter,)))
 
 
-def _adapted(names: Mapping[str, torch.nn.Module]) -> dict[str, Layer]:
-    """The adapted layers, each under its first name."""
+def _first(names: Mapping[str, torch.nn.Module], kinds) -> dict:
+    """The modules of these kinds, each under its first name."""
     first: dict[int, str] = {}
     for name, module in names.items():
         first.setdefault(id(module), name)
-    return {n: m for n, m in names.items() if isinstance(m, ADAPTED) and first[id(m)] == n}
+    return {n: m for n, m in names.items() if isinstance(m, kinds) and first[id(m)] == n}
+
+
+def _adapted(names: Mapping[str, torch.nn.Module]) -> dict[str, Layer]:
+    return _first(names, ADAPTED)
+
+
+def _embeddings(names: Mapping[str, torch.nn.Module]) -> dict[str, LoRAEmbedding]:
+    return _first(names, LoRAEmbedding)
 
 
 def _other_tensors(
@@ -108,11 +122,15 @@ def save_adapter(
 ) -> None:
     """Write the adapters of model into the folder dir, in PEFT's format.
 
-    adapter_config.json and adapter_model.safetensors, from LoRALinear and LoRAAdapter layers, are
-    what PeftModel.from_pretrained loads: layers may differ in rank and scale (rank_pattern,
-    alpha_pattern), and layers that are plain again, as after pruning, are none of its targets. What
-    fl.inject's config trains besides, biases and modules_to_save, goes into the same file. Merged
-    or not, A and B are saved.
+    adapter_config.json and adapter_model.safetensors, from LoRALinear, LoRAAdapter and
+    LoRAEmbedding layers, are what PeftModel.from_pretrained loads: layers may differ in rank and
+    scale (rank_pattern, alpha_pattern), and layers that are plain again, as after pruning, are none
+    of its targets. What fl.inject's config trains besides, biases and modules_to_save, goes into
+    the same file, and so do base weights that load_adapter has taken from a folder. Merged or not,
+    A and B are saved.
+
+    Names are those of the bare model, whatever is wrapped around it or its parts (torch.compile,
+    DistributedDataParallel, DataParallel, AveragedModel, FullyShardedDataParallel, checkpointing).
 
     SoRALinear layers are saved with their gates as peft_type "SORA", which PEFT refuses aloud and
     load_adapter reads; AdaLoRALinear layers as PEFT's AdaLoRA, by checkpoint.adalora.save_adalora,
@@ -124,20 +142,22 @@ def save_adapter(
 
     Raises before anything is written: TypeError for a model of another kind, a layer of an unknown
     class, and dtypes other than fp32, fp16 and bf16; NotImplementedError for sharded parameters
-    (FSDP2, tensor parallel: docs/distributed.md puts them together); ValueError where no layer is
-    adapted, where some layers have a gate and others none, for a rank above 4096, and for NaN or
-    infinity; RuntimeError for what is on the meta device. A module that is at several places of the
-    model is a warning: PEFT adapts only the first.
+    (FSDP1, FSDP2, tensor parallel: docs/distributed.md puts them together); ValueError where no
+    layer is adapted, where some layers have a gate and others none, for a rank above 4096, and for
+    NaN or infinity; RuntimeError for what is on the meta device, and for a base weight that is
+    merged. A module that is at several places of the model is a warning: PEFT adapts only the
+    first.
     """
     model = _unwrapped(model)
     names = _names(model)
-    layers = _adapted(names)
-    if not layers:
+    layers, embeddings = _adapted(names), _embeddings(names)
+    if not layers and not embeddings:
         raise ValueError("model has no LoRALinear; there is no adapter to save")
-    for name, layer in layers.items():
+    for name, layer in (*layers.items(), *embeddings.items()):
         check_whole("save_adapter", name, layer)
     if not fold_gate and any(isinstance(layer, AdaLoRALinear) for layer in layers.values()):
         return save_adalora(model, Path(dir))
+    tokens = {name: _token_weights(name, layer) for name, layer in embeddings.items()}
     weights = {name: _weights(name, layer, fold_gate) for name, layer in layers.items()}
     gated = [name for name, w in weights.items() if w.gate is not None]
     if 0 < len(gated) < len(layers):
@@ -147,7 +167,8 @@ def save_adapter(
         )
     saved, bias = _whole(model, names)
     _warn_of_peft(names, layers, saved)
-    dropouts = Counter(layer.lora_dropout for layer in layers.values())
+    adapted = (*layers.values(), *embeddings.values())
+    dropouts = Counter(layer.lora_dropout for layer in layers.values()) or Counter([0.0])
     if len(dropouts) > 1:
         warnings.warn(
             f"lora_dropout differs between layers ({', '.join(f'{p:g}' for p in dropouts)}); the "
@@ -156,15 +177,22 @@ def save_adapter(
         )
     base = getattr(model, "name_or_path", None)
     config = adapter_config(
-        weights,
-        use_rslora=all(layer.use_rslora for layer in layers.values()),
+        weights | tokens,
+        use_rslora=all(layer.use_rslora for layer in adapted),
         lora_dropout=dropouts.most_common(1)[0][0],
         bias=bias,
         modules_to_save=saved,
         names=names,
         base=base if isinstance(base, str) and base else None,
     )
-    write_adapter(Path(dir), config, weights, _other_tensors(names, layers, saved, bias))
+    others = taken_base(model) | _other_tensors(names, layers, saved, bias)
+    write_adapter(Path(dir), config, weights, others, tokens)
+
+
+def _token_weights(name: str, layer: LoRAEmbedding) -> AdapterWeights:
+    if type(layer) is not LoRAEmbedding:
+        raise TypeError(f"{name} is a {type(layer).__name__}, which has no format of a checkpoint")
+    return AdapterWeights(layer.lora_a, layer.lora_b, layer.scale, None)
 
 
 def _warn_of_peft(
@@ -192,9 +220,11 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     A folder of PEFT's AdaLoRA is read by checkpoint.adalora.load_adalora.
 
     A model without adapters gets them in the layers that the folder has, as by fl.inject:
-    SoRALinear where there are gates, else LoRALinear, and LoRAAdapter around a quantised layer,
-    everything else frozen; bias and
-    modules_to_save as the config says. A and B keep the file's dtype or go to a wider one.
+    SoRALinear where there are gates, else LoRALinear, LoRAAdapter around a quantised layer and
+    LoRAEmbedding for an embedding, everything else frozen; bias and modules_to_save as the config
+    says. A and B keep the file's dtype or go to a wider one. Base weights that PEFT has saved
+    beside them, as it does where an output head or an embedding is adapted, or of another size than
+    the pretrained one, are loaded too, as PEFT does.
 
     A model with adapters takes the values into the Parameters that it has, rounded to their dtype,
     and the scale of the file. Its layers, their ranks, and what else is trained must be those of
@@ -203,32 +233,36 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     The folder is not trusted: see fused_lora.checkpoint.read_adapter for what is refused. Nothing
     of model is changed where one of these is raised: what read_adapter raises, ValueError for
     layers, shapes or ranks that do not fit, with the nearest names, TypeError for layers that are
-    neither a plain nn.Linear nor quantised, RuntimeError for a layer that is merged, or on the meta
-    device, NotImplementedError for sharded parameters.
+    neither a plain nn.Linear or nn.Embedding nor quantised, RuntimeError for a layer that is
+    merged, or on the meta device, and for a model without adapters in DistributedDataParallel or
+    FullyShardedDataParallel, NotImplementedError for sharded parameters.
     """
-    whole, model = model, _unwrapped(model)
+    wrapped, model = model, _unwrapped(model)
     names = _names(model)
-    layers = _adapted(names)
-    if not layers and isinstance(whole, DistributedDataParallel):
-        raise RuntimeError("load before DistributedDataParallel: it reduces no new parameters")
-    if read_json(adapter_files(Path(dir))[0]).get("peft_type") == PEFT_TYPE:
-        load_adalora(model, Path(dir))
-        return whole
-    adapter = read_folder(Path(dir))
-    if layers:
+    layers, embeddings = _adapted(names), _embeddings(names)
+    if not layers and not embeddings:
+        check_takes_parameters("load_adapter", wrapped)
+    adapter = read_folder(dir, readers=READERS | ADALORA)
+    if isinstance(adapter.reader, AdaLoRAReader):
+        take_adalora(model, dir, adapter)
+        return wrapped
+    base = find_base(dir, model, adapter, load=True)
+    if layers or embeddings:
         saved, bias = _whole(model, names)
         _check_layers(dir, adapter, layers)
+        _check_embeddings(dir, adapter, embeddings)
         _check_others(dir, adapter, _other_tensors(names, layers, saved, bias))
     else:
-        config, dtype = _plan(dir, adapter, names)
-        inject(model, config, adapter_dtype=dtype)
+        plan, dtype = _plan(dir, adapter, names)
+        _adapt(model, names, adapter, plan, dtype)
         names = _names(model)
         saved, bias = _whole(model, names)
     _take(names, adapter)
+    take_base(model, adapter, base)
     others = _other_tensors(names, adapter.layers, saved, bias)
     for name, t in adapter.others.items():
         others[name].copy_(t)
-    return whole
+    return wrapped
 
 
 @torch.no_grad()
@@ -245,21 +279,29 @@ def swap_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
 
     The folder is not trusted. Nothing of model is changed where one of these is raised: what
     read_adapter raises; ValueError for a model without adapters, for layers and shapes that do not
-    fit, with the nearest names, and for a folder with biases or modules_to_save; TypeError for a
-    layer of an unknown class; RuntimeError on the meta device; NotImplementedError for sharded
-    parameters.
+    fit, with the nearest names, for a folder with biases or modules_to_save, and for base weights
+    that are not the model's; TypeError for a layer of an unknown class; RuntimeError on the meta
+    device, for base weights of a layer that is merged without keep_base, and for another rank in
+    DistributedDataParallel or FullyShardedDataParallel; NotImplementedError for sharded parameters.
     """
-    layers = _adapted(_names(_unwrapped(model)))
-    if not layers:
+    bare = _unwrapped(model)
+    names = _names(bare)
+    layers, embeddings = _adapted(names), _embeddings(names)
+    if not layers and not embeddings:
         raise ValueError("model has no adapter to swap; fl.load_adapter puts one into it")
-    adapter = read_folder(Path(dir))
+    adapter = read_folder(dir)
     if adapter.others:
         raise ValueError(
-            f"{dir} holds more than adapters, {', '.join(sorted(adapter.others)[:3])}, which a "
-            f"swap would leave alone; load it into a model of its own"
+            f"{dir} holds more than adapters, {few(list(adapter.others))}, which a swap "
+            f"would leave alone; load it into a model of its own"
         )
     _check_layers(dir, adapter, layers, swap=True)
-    _take(layers, adapter)
+    _check_embeddings(dir, adapter, embeddings, swap=True)
+    check_base(dir, bare, adapter)
+    found = adapter.layers | adapter.embeddings
+    if any(w.lora_a.shape[0] != names[name].r for name, w in found.items()):
+        check_takes_parameters("swap_adapter to another rank", model)
+    _take(names, adapter)
     return model
 
 
@@ -268,6 +310,65 @@ def _take(names: Mapping[str, torch.nn.Module], adapter: Adapter) -> None:
         layer: Layer = names[name]  # type: ignore[assignment]
         layer.use_rslora = bool(adapter.config.get("use_rslora"))
         layer.swap(weights.lora_a, weights.lora_b, scale=weights.scale, gate=weights.gate)
+    for name, weights in adapter.embeddings.items():
+        embedding: LoRAEmbedding = names[name]  # type: ignore[assignment]
+        embedding.use_rslora = bool(adapter.config.get("use_rslora"))
+        a, b = weights.lora_a.to(embedding.lora_a), weights.lora_b.to(embedding.lora_b)
+        set_adapter_(embedding, a, b, None)
+        embedding.scale = weights.scale
+        embedding.lora_alpha = weights.scale / lora_scale(1, embedding.r, embedding.use_rslora)
+
+
+def _adapt(
+    model: torch.nn.Module,
+    names: Mapping[str, torch.nn.Module],
+    adapter: Adapter,
+    plan: LoRAConfig | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Put the adapters of a folder into a plain model; plan: of its linear layers."""
+    if plan is None:
+        model.requires_grad_(False)
+    else:
+        inject(model, plan, adapter_dtype=dtype)
+        # What the folder says; the layers were made small, and get the ranks that they have.
+        model.fused_lora_config.r = adapter.config["r"]  # type: ignore[union-attr]
+    new = {}
+    for name, weights in adapter.embeddings.items():
+        embedding: torch.nn.Embedding = names[name]  # type: ignore[assignment]
+        wide = torch.promote_types(weights.lora_a.dtype, weights.lora_b.dtype)
+        wide = torch.promote_types(wide, embedding.weight.dtype)
+        new[id(embedding)] = LoRAEmbedding.from_embedding(
+            embedding,
+            weights.lora_a.shape[0],
+            adapter_dtype=None if wide == embedding.weight.dtype else torch.float32,
+        )
+    replace_modules(model, new)
+
+
+def _check_embeddings(
+    dir, adapter: Adapter, embeddings: Mapping[str, LoRAEmbedding], *, swap: bool = False
+) -> None:
+    """The file's adapted embeddings are those of an adapted model, and so are their shapes."""
+    if strange := sorted(set(adapter.embeddings) ^ set(embeddings)):
+        raise ValueError(
+            f"{dir}: the adapted embeddings of the folder, {few(list(adapter.embeddings))}, are "
+            f"not those of the model, {few(list(embeddings))}: {shown_name(strange[0])} is in one "
+            f"alone"
+        )
+    for name, weights in adapter.embeddings.items():
+        layer = embeddings[name]
+        check_whole(f"{dir}", name, layer)
+        if type(layer) is not LoRAEmbedding:
+            raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
+        if layer.lora_a.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: it is not loaded yet, or offloaded")
+        R = weights.lora_a.shape[0] if swap else layer.r
+        shapes = {"lora_a": (R, layer.num_embeddings), "lora_b": (layer.embedding_dim, R)}
+        for part, shape in shapes.items():
+            t = getattr(weights, part)
+            _check_shape(f"{dir}: {part} of {name}", t, shape)
+            check_cast(f"{dir}: {part} of {name}", t, getattr(layer, part).dtype)
 
 
 def _check_layers(
@@ -277,7 +378,7 @@ def _check_layers(
     takes merged layers too."""
     if unknown := [name for name in adapter.layers if name not in layers]:
         raise ValueError(
-            f"{dir}: the model has no adapted layer {unknown[0]!r}; nearest: "
+            f"{dir}: the model has no adapted layer {shown(unknown[0])}; nearest: "
             f"{nearest(unknown[:1], layers)}"
         )
     if lacking := [name for name in layers if name not in adapter.layers]:
@@ -304,17 +405,12 @@ def _check_layers(
         for part, shape in shapes.items():
             t = getattr(weights, part)
             _check_shape(f"{dir}: {part} of {name}", t, shape)
-            _check_cast(f"{dir}: {part} of {name}", t, getattr(layer, part).dtype)
+            check_cast(f"{dir}: {part} of {name}", t, getattr(layer, part).dtype)
 
 
 def _check_shape(what: str, t: Tensor, shape: Iterable[int]) -> None:
     if list(t.shape) != list(shape):
-        raise ValueError(f"{what} has shape {list(t.shape)}; the model's has {list(shape)}")
-
-
-def _check_cast(what: str, t: Tensor, dtype: torch.dtype) -> None:
-    if t.is_floating_point() and not bool(t.to(dtype).isfinite().all()):
-        raise ValueError(f"{what} has values that {dtype} cannot hold")
+        raise ValueError(f"{what} has shape {shown(list(t.shape))}; the model's has {list(shape)}")
 
 
 def _check_others(dir, adapter: Adapter, mine: Mapping[str, Tensor]) -> None:
@@ -324,7 +420,8 @@ def _check_others(dir, adapter: Adapter, mine: Mapping[str, Tensor]) -> None:
     if missing or unexpected:
         raise ValueError(
             f"{dir}: bias and modules_to_save do not fit the model: missing "
-            f"{missing or 'nothing'}, unexpected {unexpected or 'none'}"
+            f"{few(missing) if missing else 'nothing'}, unexpected "
+            f"{few(unexpected) if unexpected else 'none'}"
         )
     for name, t in adapter.others.items():
         _check_shape(f"{dir}: {name}", t, mine[name].shape)
@@ -332,40 +429,53 @@ def _check_others(dir, adapter: Adapter, mine: Mapping[str, Tensor]) -> None:
             t.is_floating_point() or t.dtype == mine[name].dtype
         ):
             raise TypeError(f"{dir}: {name} is {t.dtype}; the model's is {mine[name].dtype}")
-        _check_cast(f"{dir}: {name}", t, mine[name].dtype)
+        check_cast(f"{dir}: {name}", t, mine[name].dtype)
 
 
 def _plan(
     dir, adapter: Adapter, names: Mapping[str, torch.nn.Module]
-) -> tuple[LoRAConfig, torch.dtype | None]:
-    """(config, adapter_dtype) with which inject adapts exactly the layers of the file."""
+) -> tuple[LoRAConfig | None, torch.dtype | None]:
+    """(config, adapter_dtype) with which inject adapts exactly the linear layers of the file; None
+    where there are none. All of the file is held to the model."""
     linears = [name for name, m in names.items() if isinstance(m, torch.nn.Linear)]
-    # PEFT's rule: every module whose name ends so.
-    entries = tuple(adapter.config.get("modules_to_save") or ())
-    saved = [name for name in names if entries and name.endswith(entries)]
+    endings = Endings("modules_to_save", adapter.config.get("modules_to_save") or [])
+    saved = [name for name in names if endings.match(name)]
+    lies_in = set(saved)
     first: dict[int, str] = {}
     wider = False
-    for name, weights in adapter.layers.items():
+    for name, weights in (*adapter.layers.items(), *adapter.embeddings.items()):
         if name not in names:
             raise ValueError(
-                f"{dir}: the model has no module {name!r}; nearest: {nearest([name], linears)}"
+                f"{dir}: the model has no module {shown(name)}; nearest: {nearest([name], linears)}"
             )
-        linear: torch.nn.Linear = names[name]  # type: ignore[assignment]
-        if not keeps_its_product(linear):
-            check_linear(f"{dir}: {name}", linear, placed=True)
-        if _lies_in(saved, name) or first.setdefault(id(linear), name) != name:
-            other = first.get(id(linear), "one of modules_to_save")
-            raise ValueError(f"{dir}: {name} has an adapter, and is {other} too")
+        module = names[name]
         R = weights.lora_a.shape[0]
-        N, K = linear.out_features, linear.in_features
+        if name in adapter.embeddings:
+            check_embedding(f"{dir}: {name}", module)
+            K, N = module.num_embeddings, module.embedding_dim
+        else:
+            if not keeps_its_product(module):
+                check_linear(f"{dir}: {name}", module, placed=True)
+            N, K = module.out_features, module.in_features
+            dtypes = weights.lora_a.dtype, weights.lora_b.dtype, weight_dtype(module)
+            wider |= functools.reduce(torch.promote_types, dtypes) != dtypes[-1]
+        around = (name[:i] for i, c in enumerate(f"{name}.") if c == ".")
+        if not lies_in.isdisjoint(around) or first.setdefault(id(module), name) != name:
+            other = first.get(id(module), "one of modules_to_save")
+            raise ValueError(f"{dir}: {name} has an adapter, and is {other} too")
         _check_shape(f"{dir}: lora_a of {name}", weights.lora_a, (R, K))
         _check_shape(f"{dir}: lora_b of {name}", weights.lora_b, (N, R))
-        dtypes = weights.lora_a.dtype, weights.lora_b.dtype, weight_dtype(linear)
-        wider |= functools.reduce(torch.promote_types, dtypes) != dtypes[-1]
     bias = adapter.config.get("bias") or "none"
     _check_others(dir, adapter, _other_tensors(names, adapter.layers, saved, bias))
+    if not adapter.layers:
+        if adapter.others:
+            raise NotImplementedError(
+                f"{dir} adapts embeddings alone and holds {few(list(adapter.others))} besides; "
+                f"bias and modules_to_save go with adapted linear layers"
+            )
+        return None, None
     config = LoRAConfig(
-        r=adapter.config["r"],
+        r=min(weights.lora_a.shape[0] for weights in adapter.layers.values()),
         lora_alpha=adapter.config["lora_alpha"],
         lora_dropout=adapter.config.get("lora_dropout") or 0.0,
         target_modules="|".join(map(re.escape, adapter.layers)),

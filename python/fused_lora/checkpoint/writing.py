@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -123,11 +124,13 @@ def write_adapter(
     config: dict[str, Any],
     layers: Mapping[str, AdapterWeights],
     others: Mapping[str, Tensor],
+    embeddings: Mapping[str, AdapterWeights] = MappingProxyType({}),
 ) -> None:
-    """Write an adapter, as one step. others: {name in the model: tensor}."""
-    endings = READERS[config["peft_type"]].endings
+    """Write an adapter, as one step. others: {name in the model: tensor}, base weights too."""
+    reader = READERS[config["peft_type"]]
     tensors = {}
-    for name, weights in layers.items():
+    for name, weights in (*layers.items(), *embeddings.items()):
+        endings = reader.endings if name in layers else reader.embedding_endings
         if (rank := weights.lora_a.shape[0]) > LARGEST_RANK:
             raise ValueError(f"{name} has rank {rank}; at most {LARGEST_RANK} can be saved")
         parts = {"lora_A": weights.lora_a, "lora_B": weights.lora_b}
@@ -138,8 +141,9 @@ def write_adapter(
             tensors[f"{PREFIX}{name}{endings[part]}"] = _stored(t)
     for name, t in others.items():
         _check(name, t, OTHER_DTYPES)
-        # A bias of an adapted layer is, to PEFT, that of the layer within.
+        # Weight and bias of an adapted layer are, to PEFT, those of the layer within.
         module, _, last = name.rpartition(".")
-        key = f"{module}.base_layer.{last}" if module in layers else name
+        adapted = module in layers or module in embeddings
+        key = f"{module}.base_layer.{last}" if adapted else name
         tensors[PREFIX + key] = _stored(t)
     write_files(folder, config, tensors)

@@ -1,38 +1,44 @@
 """Checks of what modules and their configurations are made from."""
 
-import math
 from collections.abc import Sequence
+from sys import float_info
 
 import torch
 from torch.nn import Parameter
 
+from fused_lora.files import shown
 from fused_lora.ops import validation as check
 
 
 def check_rank(name: str, r) -> None:
     if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"{name} must be an int, got {r!r} of type {type(r).__name__}")
+        raise TypeError(f"{name} must be an int, got {shown(r)} of type {type(r).__name__}")
     if r < 1:
-        raise ValueError(f"{name} must be at least 1, got {r}")
+        raise ValueError(f"{name} must be at least 1, got {shown(r)}")
 
 
 def check_number(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise TypeError(
+            f"{name} must be a number, got {shown(value)} of type {type(value).__name__}"
+        )
+    # An int that no float holds is not finite either.
+    if not -float_info.max <= value <= float_info.max:
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
 
 
 def check_probability(name: str, p) -> None:
     check_number(name, p)
     if not 0 <= p <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+        raise ValueError(f"{name} must lie in [0, 1], got {shown(p)}")
 
 
 def check_choice(name: str, value, choices: Sequence) -> None:
     # 1 == True, yet it is not that choice.
     if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}"
+        )
 
 
 # Linear layers of other libraries, which need not be there: their product, of a weight that they

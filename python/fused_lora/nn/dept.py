@@ -1,7 +1,7 @@
 """DePT around a whole model: soft prompt and low-rank pair at its input, everything else frozen."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_lora.files import Header, adapter_files, read_json, unchanged, write_files
+from fused_lora.files import Header, read_whole, shown, shown_name, write_files
 from fused_lora.nn.checks import check_choice, check_number, check_rank
 from fused_lora.nn.embedding import DePTEmbedding
 from fused_lora.nn.linear import lora_scale
@@ -18,6 +18,7 @@ PEFT_TYPE = "DEPT"  # PEFT refuses it, where it would take the folder for someth
 PADDING_SIDES = ("left", "right", None)
 # What a config must hold, and nothing else.
 FIELDS = ("peft_type", "prompt_length", "max_length", "r", "lora_alpha", "use_rslora")
+DTYPES = "F64", "F32", "F16", "BF16"
 IGNORED_LABEL = -100
 
 
@@ -183,21 +184,25 @@ class DePT(torch.nn.Module):
         tensors = {name: t.detach().contiguous() for name, t in _trained(own).items()}
         write_files(Path(folder), config, tensors)
 
-    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         """Take prompt, pair and scale of a folder that save() wrote: this task's, or a source
         task's to start from.
 
-        Raises before anything is changed: FileNotFoundError, NotADirectoryError, ValueError
-        (another peft_type, prompt length, max_length or rank; a field or tensor that is missing or
-        unknown; NaN or infinity), RuntimeError where another save came in between.
+        A save that comes in between is read whole, or not at all. Raises before anything is
+        changed: FileNotFoundError, NotADirectoryError, TypeError (dtypes, types of fields),
+        ValueError (another peft_type, prompt length, max_length or rank; a field or tensor that is
+        missing or unknown; NaN or infinity), RuntimeError where a save came in between each time.
         """
-        config, tensors = read_dept(folder)
+        self._take(folder, *read_dept(folder))
+
+    @torch.no_grad()
+    def _take(self, folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:
         parameters = _trained(self.embedding)
         for name in FIELDS[1:4]:
             if config[name] != getattr(self.embedding, name):
                 raise ValueError(
-                    f"{folder}: {name} is {config[name]}, and here {getattr(self.embedding, name)}"
+                    f"{folder}: {name} is {shown(config[name])}, and here "
+                    f"{getattr(self.embedding, name)}"
                 )
         for name, parameter in parameters.items():
             if tensors[name].shape != parameter.shape:
@@ -205,6 +210,8 @@ class DePT(torch.nn.Module):
                     f"{folder}: {name} must have shape {list(parameter.shape)}, got "
                     f"{list(tensors[name].shape)}"
                 )
+            if not bool(tensors[name].to(parameter.dtype).isfinite().all()):
+                raise ValueError(f"{folder}: {name} has values that {parameter.dtype} cannot hold")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
         own = self.embedding
@@ -214,10 +221,16 @@ class DePT(torch.nn.Module):
     @classmethod
     def from_folder(cls, model: torch.nn.Module, folder: str | Path, **options) -> "DePT":
         """`model` with what save() wrote. options: adapter_dtype and padding_side."""
-        config, _ = read_dept(folder)
+        config, tensors = read_dept(folder)
+        dim = tensors["lora_b"].shape[1]
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        if (own := getattr(embeddings, "embedding_dim", dim)) != dim:
+            raise ValueError(
+                f"{folder}: the prompt is for embeddings of {dim}, and the model's have {own}"
+            )
         sizes = {name: config[name] for name in FIELDS[1:]}
         made = cls(model, **sizes, **options)
-        made.load(folder)
+        made._take(folder, config, tensors)
         return made
 
 
@@ -234,28 +247,53 @@ def _cached(kwargs: dict) -> int:
     return 0
 
 
-def read_dept(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """(config, tensors) of a folder that DePT.save wrote; raises as DePT.load does."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    path, weights = adapter_files(folder)
-    still = unchanged(folder, path)
-    config = read_json(path)
+def _check_dept(path: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path}: peft_type must be {PEFT_TYPE!r}")
     if (wrong := set(config) ^ set(FIELDS)) != set():
-        raise ValueError(f"{path}: fields missing or unknown: {', '.join(sorted(wrong))}")
-    for name in ("max_length", "r") + (("prompt_length",) if config["prompt_length"] else ()):
+        raise ValueError(f"{path}: fields missing or unknown: {_listed(wrong)}")
+    for name in ("max_length", "r") + (("prompt_length",) if config["prompt_length"] != 0 else ()):
         check_rank(f"{path}: {name}", config[name])
     check_number(f"{path}: lora_alpha", config["lora_alpha"])
     check_choice(f"{path}: use_rslora", config["use_rslora"], (True, False))
-    wanted = {"lora_a", "lora_b"} | ({"prompt"} if config["prompt_length"] else set())
-    if (wrong := set(Header(weights)) ^ wanted) != set():
-        raise ValueError(f"{folder}: tensors missing or unknown: {', '.join(sorted(wrong))}")
-    tensors = load_file(weights)
-    still()
-    for name, t in tensors.items():
-        if not t.is_floating_point() or not bool(t.isfinite().all()):
-            raise ValueError(f"{folder}: {name} has values that are not finite numbers")
-    return config, tensors
+
+
+def _check_tensors(path: Path, config: dict[str, Any], header: Header) -> None:
+    """They are those of the config: their sizes in the file, before any is allocated."""
+    m, S, r = (config[name] for name in FIELDS[1:4])
+    shapes = {"lora_a": (S, r), "lora_b": (r, None)} | ({"prompt": (m, None)} if m else {})
+    if (wrong := set(header) ^ set(shapes)) != set():
+        raise ValueError(f"{path}: tensors missing or unknown: {_listed(wrong)}")
+    dims = header["lora_b"]["shape"][1:] or [1]
+    for name, (rows, columns) in shapes.items():
+        wanted, found = [rows, columns or dims[0]], header[name]["shape"]
+        if found != wanted:
+            raise ValueError(f"{path}: {name} must have shape {wanted}, got {shown(found)}")
+        if header[name]["dtype"] not in DTYPES:
+            raise TypeError(
+                f"{path}: {name} must be {', '.join(DTYPES)}, got {header[name]['dtype']}"
+            )
+
+
+def _listed(names: set[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown_name, sorted(names)[:3])) + more
+
+
+def read_dept(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """(config, tensors) of a folder that DePT.save wrote, where it is saved meanwhile of the old
+    save or the new one; raises as DePT.load does."""
+    from safetensors import safe_open
+
+    def read(path: Path, config: dict, weights: Path, opened: Callable[[], None]):
+        _check_dept(path, config)
+        _check_tensors(weights, config, header := Header(weights))
+        with safe_open(weights, framework="pt") as file:
+            opened()
+            tensors = {name: file.get_tensor(name) for name in header}
+        for name, t in tensors.items():
+            if not bool(t.isfinite().all()):
+                raise ValueError(f"{folder}: {name} has values that are not finite numbers")
+        return config, tensors
+
+    return read_whole(Path(folder), read)

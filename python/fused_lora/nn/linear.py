@@ -103,9 +103,9 @@ def set_adapter_(layer, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None) -> 
     """Copy into the Parameters of these shapes, and make new ones where the rank is another."""
     layer.r = lora_a.shape[0]
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
-        old = getattr(layer, name)
         if value is None:
             continue
+        old = getattr(layer, name)
         if old.shape == value.shape:
             old.copy_(value)
         else:

@@ -1,7 +1,8 @@
-"""Parameters that are in parts on several processes, which fully_shard and tensor parallel make.
+"""Parameters that are in parts on several processes.
 
-Such a parameter is a DTensor. It is known by its methods, so that torch.distributed.tensor is not
-loaded where nothing is sharded.
+fully_shard (FSDP2) and tensor parallel make a DTensor of each. It is known by its methods, so that
+torch.distributed.tensor is not loaded where nothing is sharded. FullyShardedDataParallel (FSDP1)
+flattens them: a layer is left with a piece of one dimension, or with a view that it does not own.
 """
 
 import torch
@@ -23,11 +24,26 @@ def whole(t: Tensor) -> Tensor:
 
 
 def check_whole(op: str, name: str, module: torch.nn.Module) -> None:
-    """Raise NotImplementedError where a parameter of the module is sharded."""
+    """Raise NotImplementedError where a parameter of an adapted layer is sharded."""
     for own, t in module.named_parameters(name, recurse=False):
         if is_sharded(t):
             raise NotImplementedError(
                 f"{op}: {own} is a {type(t.data).__name__}, in parts on several processes; put the "
                 f"model together first (torch.distributed.checkpoint.state_dict."
                 f"get_model_state_dict with full_state_dict=True)"
+            )
+    check_unflattened(op, name, module)
+
+
+def check_unflattened(op: str, name: str, module: torch.nn.Module) -> None:
+    """Raise NotImplementedError where FSDP1 has flattened the parameters of an adapted layer."""
+    for own, dims in (("lora_a", 2), ("lora_b", 2), ("gate", 1), ("weight", 2)):
+        t = module._parameters.get(own, vars(module).get(own))
+        if t is None:
+            continue
+        if own in vars(module) or t.ndim != dims or (own == "gate" and len(t) != module.r):
+            raise NotImplementedError(
+                f"{op}: {f'{name}.{own}' if name else own} is flattened by "
+                f"FullyShardedDataParallel, in parts on several processes; do this within "
+                f"FullyShardedDataParallel.summon_full_params(model)"
             )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lora.names import named_modules
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.checks import check_choice, check_number
 from fused_lora.nn.sharded import check_whole
@@ -16,7 +17,7 @@ PENALTIES = ("squared", "unsquared")
 def _layers(model: torch.nn.Module) -> dict[str, AdaLoRALinear]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaLoRALinear)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, AdaLoRALinear)}
     if not layers:
         raise ValueError("model has no AdaLoRALinear; inject with LoRAConfig(adalora=True) first")
     for name, layer in layers.items():

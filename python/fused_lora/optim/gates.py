@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from fused_lora.names import named_modules
 from fused_lora.nn.adapter import ADAPTED
-from fused_lora.nn.sharded import whole
+from fused_lora.nn.sharded import check_unflattened, whole
 
 # How models name their projections: by the ends of module names, the longest that fits counts.
 _NAMES = {
@@ -40,12 +41,13 @@ def block_of(name: str) -> int | None:
 
 def named_gates(model: torch.nn.Module) -> dict[str, Parameter]:
     """{name of the layer: its gate} of every SoRALinear, and LoRAAdapter with a gate, of model; a
-    shared layer is there once."""
-    return {
-        name: m.gate
-        for name, m in model.named_modules()
-        if isinstance(m, ADAPTED) and m.gate is not None
+    shared layer is there once. Raises NotImplementedError where FSDP1 has flattened them."""
+    layers = {
+        name: m for name, m in named_modules(model) if isinstance(m, ADAPTED) and m.gate is not None
     }
+    for name, layer in layers.items():
+        check_unflattened("named_gates", name, layer)
+    return {name: layer.gate for name, layer in layers.items()}
 
 
 def gate_counts(model: torch.nn.Module) -> dict[str, int]:
@@ -68,7 +70,7 @@ def kept_parameters(model: torch.nn.Module) -> int:
     """
     counts = gate_counts(model)
     total = 0
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if isinstance(layer, ADAPTED):
             wide = layer.in_features + layer.out_features
             total += layer.r * wide if layer.gate is None else counts[name] * (wide + 1)
@@ -114,7 +116,7 @@ class GateLog:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         gated = named_gates(model)
-        layers = {n: m for n, m in model.named_modules() if n in gated}
+        layers = {n: m for n, m in named_modules(model) if n in gated}
         if not layers:
             raise ValueError(
                 "model has no SoRALinear; inject with LoRAConfig(gate=True) makes them"

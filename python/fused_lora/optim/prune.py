@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_lora.inject import LoRAConfig
+from fused_lora.names import check_takes_parameters, named_modules, unwrapped
 from fused_lora.nn.adalora import AdaLoRALinear
 from fused_lora.nn.adapter import ADAPTED
 from fused_lora.nn.checks import check_choice, kind_of
@@ -66,8 +67,9 @@ class _Cut(NamedTuple):
 def _check(model, keep_gates: bool) -> dict[str, SoRALinear]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_takes_parameters("prune", model, reduced=False)
     gated = named_gates(model)
-    layers: dict[str, SoRALinear] = {n: m for n, m in model.named_modules() if n in gated}
+    layers: dict[str, SoRALinear] = {n: m for n, m in named_modules(model) if n in gated}
     if not layers:
         raise ValueError("model has no SoRALinear; LoRAConfig(gate=True) makes them")
     for name, layer in layers.items():
@@ -145,7 +147,7 @@ def _remove_adapter(layer: SoRALinear) -> None:
 
 def _config_of_what_is_left(config: LoRAConfig, model, keep_gates: bool) -> LoRAConfig | None:
     """What inject makes the pruned layers from; None where no adapter is left."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, ADAPTED)}
     if not layers:
         return None
     patterns = {"^" + re.escape(name): m for name, m in layers.items()}
@@ -187,8 +189,8 @@ def prune(model: torch.nn.Module, *, keep_gates: bool = False) -> PruneReport:
     one of these is raised: TypeError for a model that is no module, another subclass of SoRALinear,
     or a LoRAAdapter with a gate; ValueError where there is no SoRALinear, for a gate that is not
     finite, for meta tensors, for an AdaLoRALinear with keep_gates, or where B diag(g) overflows B's
-    dtype; RuntimeError where a layer is merged; NotImplementedError for tensor subclasses. It waits
-    for the device.
+    dtype; RuntimeError where a layer is merged, or the model is in FullyShardedDataParallel;
+    NotImplementedError for tensor subclasses. It waits for the device.
     """
     check_choice("keep_gates", keep_gates, (True, False))
     layers = _check(model, keep_gates)
@@ -200,11 +202,12 @@ def prune(model: torch.nn.Module, *, keep_gates: bool = False) -> PruneReport:
     for cut in cuts.values():
         _apply(cut)
     report = PruneReport(ranks, keep_gates)
-    config = getattr(model, "fused_lora_config", None)
+    bare = unwrapped(model)
+    config = getattr(bare, "fused_lora_config", None)
     if isinstance(config, LoRAConfig):
         left = _config_of_what_is_left(config, model, keep_gates)
         if left is None:
-            del model.fused_lora_config
+            del bare.fused_lora_config
         else:
-            model.fused_lora_config = left  # type: ignore[assignment]
+            bare.fused_lora_config = left  # type: ignore[assignment]
     return report
