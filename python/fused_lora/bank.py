@@ -184,16 +184,24 @@ class AdapterBank:
             index = self.index(name)
             if index in self._trained:
                 raise ValueError(f"AdapterBank: {name!r} is trainable; remove it")
-            self.rank[self._places[index]].fill_(0)
+            self._wipe(self._places[index])
 
     def remove(self, name: str) -> None:
         """Free the slot of a name; rows that carry its id get the base output from here on."""
         with self.lock:
             index = self.index(name)
-            self.rank[self._places[index]].fill_(0)
+            self._wipe(self._places[index])
             del self._ids[name]
             self._trained.pop(index, None)
             self._free_ids.append(index)
+
+    @torch.no_grad()
+    def _wipe(self, slot: int) -> None:
+        """Leave nothing of an adapter in its slot, that no number of it outlives it."""
+        self.rank[slot].fill_(0)
+        for t in (self.a_slots, self.bt_slots, self.scale):
+            t[slot].zero_()
+        self.gate[slot].fill_(1)
 
     def reserve(self, name: str) -> int:
         """Give a name an id without an adapter: its rows get the base output, until replace."""
