@@ -114,8 +114,9 @@ def sum_tiles_kernel(
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = tl.load(rank_ptr + slot)
     inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    live = inside & (offs_r < rank)[:, None]
     before, tiles = tiles_before(index, offsets_ptr, G, rows, BLOCK_G)
+    mask_r = (offs_r < rank) & (tiles > 0)
+    live = inside & mask_r[:, None]
     plane = p_ptr + (before.to(tl.int64) * R + offs_r[:, None]) * C + offs_c[None, :]
     p = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for _ in range(tiles):
@@ -123,7 +124,7 @@ def sum_tiles_kernel(
         plane += tl.cast(R, tl.int64) * C
     p *= plain_scale
     if scale_ptr is not None:
-        p *= tl.load(scale_ptr + slot)
+        p = tl.where(live, p * tl.load(scale_ptr + slot), 0.0)  # zero, whatever the scale
     if dot_ptr is not None:
         w_slot = w_ptr + slot * stride_w[0]
         w_ptrs = w_slot + offs_r[:, None] * stride_w[1] + offs_c[None, :] * stride_w[2]
@@ -131,7 +132,7 @@ def sum_tiles_kernel(
         dot = tl.sum(p * w.to(tl.float32), axis=1)
         tl.store(dot_ptr + (pid_c * P + slot) * R + offs_r, dot, mask=offs_r < R)
     if gate_ptr is not None:
-        p *= tl.load(gate_ptr + slot * R + offs_r, mask=offs_r < R, other=0.0)[:, None]
+        p *= tl.load(gate_ptr + slot * R + offs_r, mask=mask_r, other=0.0)[:, None]
     out = out_ptr + (slot * R + offs_r[:, None]) * C + offs_c[None, :]
     tl.store(out, p.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -6,6 +6,9 @@
 Tiles are those of the base product, whatever rows they hold: the last segment walks over the
 adapters that are present in the tile, each with the rows that are not its own at zero. The base
 product does not grow with the number of adapters. Without a base the sum starts from y itself.
+
+Zero times NaN is NaN: what is not finite in V_j stays out of that product, and the columns of a tile
+in which there is any become NaN in the rows of adapter j alone.
 """
 
 import torch
@@ -16,6 +19,9 @@ from . import configs
 from .dropout import expand_bits
 from .launch import launch
 from .segment_gemm import accumulate, swizzle2d
+
+
+BROKEN = tl.constexpr(-2)  # in place of an id
 
 
 @triton.jit
@@ -35,23 +41,29 @@ def accumulate_adapters(
     BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """acc + t_i V_j over the adapters j among `ids` [BLOCK_M], in ascending order."""
+    """acc + t_i V_j over the adapters j among `ids` [BLOCK_M], in ascending order; NaN in the rows
+    of an adapter of which an element of V_j in these columns is not finite."""
     slot = tl.min(tl.where(ids >= 0, ids, G), axis=0).to(tl.int64)
     while slot < G:
         place = tl.load(table_ptr + slot).to(tl.int64)
         rank = tl.load(rank_ptr + place)
         v_slot = v_ptr + place * stride_v[0]
-        own = (ids == slot)[:, None]
-        for first in range(0, rank, BLOCK_R):
+        own = ids == slot
+        broken = 0
+        for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             offs_r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
             mask_r = offs_r < rank
             t_ptrs = t_ptr + offs_m[:, None] * stride_t[0] + offs_r[None, :] * stride_t[1]
             v_ptrs = v_slot + offs_r[:, None] * stride_v[1] + offs_n[None, :] * stride_v[2]
-            t = tl.load(t_ptrs, mask=own & mask_r[None, :], other=0.0)
+            t = tl.load(t_ptrs, mask=own[:, None] & mask_r[None, :], other=0.0)
             v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+            finite = tl.abs(v.to(tl.float32)) < float("inf")
+            broken |= tl.max(tl.where(finite, 0, 1))
+            v = tl.where(finite, v, 0.0)
             acc = tl.dot(t, v, acc, input_precision=INPUT_PRECISION)
+        ids = tl.where(own, tl.where(broken != 0, BROKEN, ids), ids)  # which is done with them
         slot = tl.min(tl.where(ids > slot, ids, G), axis=0).to(tl.int64)
-    return acc
+    return tl.where((ids == BROKEN)[:, None], float("nan"), acc)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -79,6 +79,8 @@ def _rows(ids, positions):
 
 def _forward(ids, weight, prompt, lora_a, lora_b, positions, scale, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
+    if backend != "torch":
+        weight, prompt, lora_a, lora_b = dispatch.readable(weight, prompt, lora_a, lora_b)
     forward = forward_torch if backend == "torch" else forward_triton
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     rows, at = _rows(ids, positions)
@@ -88,6 +90,8 @@ def _forward(ids, weight, prompt, lora_a, lora_b, positions, scale, backend):
 
 def _backward(dy, ids, weight, prompt, lora_a, lora_b, positions, scale, needs, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
+    if backend != "torch":
+        dy, weight, prompt, lora_a, lora_b = dispatch.readable(dy, weight, prompt, lora_a, lora_b)
     need_dw, need_dprompt, need_da, need_db = needs
     sums = sums_torch if backend == "torch" else sums_triton
     m = 0 if prompt is None else prompt.shape[0]

@@ -127,6 +127,25 @@ def cuda_refuses(x: torch.Tensor) -> str | None:
     return gpu_refuses(x.device, "CUDA")
 
 
+def readable(*args) -> list:
+    """Tensors, lists of them and None as kernels read them, which are given addresses.
+
+    No address tells of a negative bit, which z.conj().imag has and torch's own operations see. And
+    of a vector the kernels are given no stride.
+    """
+    return [_readable(t) for t in args]
+
+
+def _readable(t):
+    if t is None:
+        return None
+    if isinstance(t, (list, tuple)):
+        return [_readable(one) for one in t]
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t.contiguous() if t.ndim == 1 else t
+
+
 def kernels(backend: str):
     """The launchers of "cuda" or "triton", which have the same names and arguments."""
     if backend == "cuda":

@@ -42,6 +42,8 @@ def _fake(base_out, x, lora_a, lora_b, gate, seed, scale, dropout_p, save_h, bac
 
 def _forward(base_out, x, lora_a, lora_b, gate, seed, scale, dropout_p, save_h, backend):
     dispatch.require("lora_add", backend, REFUSALS, x)
+    if backend != "torch":
+        base_out, x, lora_a, lora_b, gate = dispatch.readable(base_out, x, lora_a, lora_b, gate)
     a, b = _adapters(lora_a, lora_b, x.dtype)
     args = _rows(base_out), _rows(x), a, b, gate, seed, scale, dropout_p, save_h
     y, h = forward_torch(*args) if backend == "torch" else forward_kernels(backend, *args)

@@ -53,6 +53,8 @@ def _fake_backward(dy, ids, weight, lora_a, lora_b, scale, padding_idx, needs, b
 
 def _forward(ids, weight, lora_a, lora_b, scale, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
+    if backend != "torch":
+        weight, lora_a, lora_b = dispatch.readable(weight, lora_a, lora_b)
     forward = forward_torch if backend == "torch" else forward_triton
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     return shaped(forward(ids.flatten(), weight, a, b, scale), *ids.shape, weight.shape[1])
@@ -60,6 +62,8 @@ def _forward(ids, weight, lora_a, lora_b, scale, backend):
 
 def _backward(dy, ids, weight, lora_a, lora_b, scale, padding_idx, needs, backend):
     dispatch.require(OP, backend, REFUSALS, weight)
+    if backend != "torch":
+        dy, weight, lora_a, lora_b = dispatch.readable(dy, weight, lora_a, lora_b)
     backward = backward_torch if backend == "torch" else backward_triton
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     dy = dy.reshape(ids.numel(), weight.shape[1])

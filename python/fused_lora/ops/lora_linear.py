@@ -82,6 +82,10 @@ def _forward(
     x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, save_h, backend, columns=None
 ):
     dispatch.require("lora_linear", backend, REFUSALS, x)
+    if backend != "torch":
+        x, weight, lora_a, lora_b, bias, gate = dispatch.readable(
+            x, weight, lora_a, lora_b, bias, gate
+        )
     a, b = _adapters(lora_a, lora_b, x.dtype)
     forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
     y, h = forward(_rows(x), weight, a, b, bias, gate, seed, scale, dropout_p, save_h, columns)
@@ -94,6 +98,10 @@ def _backward(
     dy, x, weight, lora_a, lora_b, gate, h, seed, scale, dropout_p, needs, backend, columns=None
 ):
     dispatch.require("lora_linear", backend, REFUSALS, x)
+    if backend != "torch":
+        dy, x, weight, lora_a, lora_b, gate = dispatch.readable(
+            dy, x, weight, lora_a, lora_b, gate
+        )
     a, b = _adapters(lora_a, lora_b, x.dtype)
     backward = (
         backward_torch if backend == "torch" else functools.partial(backward_kernels, backend)

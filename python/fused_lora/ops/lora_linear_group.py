@@ -120,6 +120,10 @@ def _fake_backward(
 
 def _forward(x, weights, lora_as, lora_bs, biases, gates, seed, scales, dropout_p, save_h, backend):
     dispatch.require("lora_linear_group", backend, REFUSALS, x)
+    if backend != "torch":
+        x, weights, lora_as, lora_bs, biases, gates = dispatch.readable(
+            x, weights, lora_as, lora_bs, biases, gates
+        )
     adapters = _present(lora_as, lora_bs, gates, scales, x.dtype)
     args = _rows(x), weights, biases, adapters, seed, dropout_p, save_h
     ys, h = forward_torch(*args) if backend == "torch" else forward_kernels(backend, *args)
@@ -194,6 +198,10 @@ def _backward(
     dys, x, weights, lora_as, lora_bs, gates, hs, seed, scales, dropout_p, needs, backend
 ):
     dispatch.require("lora_linear_group", backend, REFUSALS, x)
+    if backend != "torch":
+        dys, x, weights, lora_as, lora_bs, gates = dispatch.readable(
+            dys, x, weights, lora_as, lora_bs, gates
+        )
     n, rows, need_dx = len(dys), _rows(x), needs[0]
     dys = [_rows(dy) for dy in dys]
     need_dws, need_das, need_dbs, need_dbiases, need_dgates = _by_kind(needs[1:], n)

@@ -95,6 +95,9 @@ def _cast(slots: Slots, dtype: torch.dtype) -> Slots:
 def _forward(x, weight, slots, route, bias, seed, dropout_p, save_h, backend):
     dispatch.require("multi_lora_linear", backend, REFUSALS, x)
     forward = forward_torch if backend == "torch" else functools.partial(forward_kernels, backend)
+    if backend != "torch":
+        x, weight, bias = dispatch.readable(x, weight, bias)
+        slots = Slots(*dispatch.readable(*slots))
     slots = _cast(slots, x.dtype)
     y, h = forward(_rows(x), weight, slots, route, bias, seed, dropout_p, save_h)
     return shaped(y, *x.shape[:-1], weight.shape[0]), h
@@ -105,6 +108,9 @@ def _backward(dy, x, weight, slots, route, h, seed, dropout_p, needs, backend):
     backward = (
         backward_torch if backend == "torch" else functools.partial(backward_kernels, backend)
     )
+    if backend != "torch":
+        dy, x, weight = dispatch.readable(dy, x, weight)
+        slots = Slots(*dispatch.readable(*slots))
     need_dx, need_dw, need_da, need_db, need_dbias, need_dgate = needs
     dy, rows = _rows(dy), _rows(x)
     skinny = need_dx, need_da, need_db, need_dgate
@@ -279,13 +285,15 @@ class _Sorted(NamedTuple):
 class _Everyone(NamedTuple):
     """All slots as one adapter of rank P R, of which each row sees its own R columns.
 
-    P times the adapters' flops, and no value that the host would have to wait for.
+    P times the adapters' flops, and no value that the host would have to wait for. Zero times NaN
+    is NaN, so what is not finite enters no product whose other side has zeros for the other rows or
+    adapters (see _finite_rows): the results of its own adapter are NaN instead.
     """
 
     live: Tensor  # bool [M, R]: the row has an adapter, of at least this rank
     own: Tensor  # int64 [M, R]: its column among all
     factor: Tensor  # fp32 [M, R]: scale_j g_j
-    columns: int
+    held: Tensor  # bool [P, R]: the slot has rows here, and at least this rank
 
     @classmethod
     def of(cls, slots: Slots, route: Route) -> "_Everyone":
@@ -293,15 +301,37 @@ class _Everyone(NamedTuple):
         j = slots.table[route.ids.clamp(min=0)].long()
         r = torch.arange(R, device=j.device)
         live = (route.ids[:, None] >= 0) & (r < slots.rank[j][:, None])
-        return cls(live, j[:, None] * R + r, slots.scale[j][:, None] * slots.gate[j], P * R)
+        rows = torch.zeros(P, dtype=torch.int32, device=j.device)
+        rows.index_add_(0, slots.table.long(), route.offsets.diff())
+        held = (rows > 0)[:, None] & (r < slots.rank[:, None])
+        return cls(live, j[:, None] * R + r, slots.scale[j][:, None] * slots.gate[j], held)
 
     def pick(self, t: Tensor) -> Tensor:
         """[M, P R] -> each row's own [M, R]."""
         return torch.where(self.live, t.gather(1, self.own), 0)
 
-    def spread(self, t: Tensor) -> Tensor:
-        """[M, R] -> [M, P R], zero outside each row's own columns."""
-        return t.new_zeros(t.shape[0], self.columns).scatter_(1, self.own, t)
+    def spread(self, t: Tensor, broken: Tensor) -> Tensor:
+        """[M, R] -> [M, P R], zero outside each row's own columns, and NaN in those of them that
+        are `broken` [M, R or 1]."""
+        t = torch.where(self.live, t.masked_fill(broken, float("nan")), 0)
+        return t.new_zeros(t.shape[0], self.held.numel()).scatter_(1, self.own, t)
+
+    def expanded(self, t: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product [M, C] is each row of t [M, R] times its own slot [R, C]."""
+        slots, broken = _finite_rows(slots.flatten(0, 1))
+        return self.spread(t, broken[self.own]), slots
+
+    def reduced(self, t: Tensor, rows: Tensor, alpha: float = 1.0) -> Tensor:
+        """alpha * the sum over each slot's own rows of t_i^T rows_i: [P, R, C]."""
+        rows, broken = _finite_rows(rows)
+        product = _scaled_mm(alpha, self.spread(t, broken[:, None]).t(), rows)
+        return product.unflatten(0, self.held.shape)
+
+
+def _finite_rows(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(t [I, C] with rows of zeros for those that hold NaN or an infinity, bool [I]: which do)."""
+    broken = ~t.isfinite().all(1)
+    return t.masked_fill(broken[:, None], 0), broken
 
 
 def _on_host(x: Tensor) -> bool:
@@ -319,9 +349,8 @@ def forward_torch(x, weight, slots, route, bias, seed, dropout_p, save_h):
         h = order.put(h, x.shape[0]) if save_h else None
     else:
         every = _Everyone.of(slots, route)
-        a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
-        h = every.pick(_scaled_mm(keep_scale, x_kept, a.t()))
-        y.addmm_(every.spread((h * every.factor).to(x.dtype)), bt)
+        h = every.pick(_scaled_mm(keep_scale, x_kept, slots.a_slots.flatten(0, 1).t()))
+        y.addmm_(*every.expanded((h * every.factor).to(x.dtype), slots.bt_slots))
     return y, h if save_h else None
 
 
@@ -362,21 +391,22 @@ def backward_torch(dy, x, weight, slots, route, h, seed, dropout_p, needs):
             dx += lora.masked_fill_(~keep, 0)
         return dx, da, dbt, dgate
 
-    every, shape = _Everyone.of(slots, route), slots.gate.shape
-    a, bt = slots.a_slots.flatten(0, 1), slots.bt_slots.flatten(0, 1)
+    every = _Everyone.of(slots, route)
     if need_dx or need_da:
-        dh = every.spread((every.pick(dy @ bt.t()) * every.factor).to(x.dtype))
+        dh = (every.pick(dy @ slots.bt_slots.flatten(0, 1).t()) * every.factor).to(x.dtype)
     if need_da:
-        da = _scaled_mm(keep_scale, dh.t(), x_kept).unflatten(0, shape)
+        da = every.reduced(dh, x_kept, keep_scale)
     if need_db or need_dgate:
-        p = (every.spread(h).t() @ dy).unflatten(0, shape)
+        p = every.reduced(h, dy)
         scale = slots.scale[:, None]
     if need_dgate:
         dgate = scale * (p.to(slots.gate.dtype) * slots.bt_slots).sum(2)
+        dgate = torch.where(every.held, dgate, 0)
     if need_db:
         dbt = (p * (scale * slots.gate)[..., None]).to(x.dtype)
+        dbt = torch.where(every.held[..., None], dbt, 0)
     if need_dx:
-        lora = _scaled_mm(keep_scale, dh, a)
+        lora = _scaled_mm(keep_scale, *every.expanded(dh, slots.a_slots))
         dx += lora if keep is None else lora.masked_fill_(~keep, 0)
     return dx, da, dbt, dgate
 
@@ -414,6 +444,8 @@ def backward_kernels(backend, dy, x, weight, slots, route, h, seed, dropout_p, n
 
 def _add(y, x, slots, route, out_offsets, backend):
     dispatch.require("multi_lora_add_", backend, REFUSALS, x)
+    if backend != "torch":
+        slots = [Slots(*dispatch.readable(*own)) for own in slots]
     slots = [_cast(own, x.dtype) for own in slots]
     rows, whole = _rows(x), _rows(y)
     parts = [
@@ -434,8 +466,7 @@ def _add(y, x, slots, route, out_offsets, backend):
         else:
             every = _Everyone.of(own, route)
             h = every.pick(rows @ own.a_slots.flatten(0, 1).t())
-            t = every.spread((h * every.factor).to(x.dtype))
-            part.addmm_(t, own.bt_slots.flatten(0, 1))
+            part.addmm_(*every.expanded((h * every.factor).to(x.dtype), own.bt_slots))
 
 
 def _op_forward(x, weight, *rest):
@@ -758,6 +789,7 @@ def multi_lora_add_(
         )
     if any(begin < end for (_, end), (begin, _) in itertools.pairwise(spans)):
         raise ValueError(f"{op}: the columns of out_offset = {list(out_offsets)} overlap: {spans}")
+    check.check_written(op, "y", y)
     if y.ndim > 2 and not y.is_contiguous():
         raise ValueError(f"{op}: y of more than two dimensions must be contiguous")
     if len({own.table.shape[0] for own in slots}) > 1:

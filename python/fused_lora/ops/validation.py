@@ -3,6 +3,8 @@
 Each names the argument, what came and what is wanted.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Callable
 
@@ -65,6 +67,25 @@ def check_shape(op: str, name: str, value: Tensor, wanted: tuple, spelled: str) 
         return
     sizes = ", ".join("any" if w is None else str(w) for w in wanted)
     raise ValueError(f"{op}: {name} must have shape {spelled} = [{sizes}], got {list(shape)}")
+
+
+def check_written(op: str, name: str, value: Tensor) -> None:
+    """What is to be written has memory of its own for every element."""
+    if value.is_contiguous():
+        return
+    dims = sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1)
+    shared = any(step == 0 for step, _ in dims) or any(
+        large < small * n  # else one lies within the steps of the other
+        and small // math.gcd(small, large) < m
+        and large // math.gcd(small, large) < n
+        for (small, n), (large, m) in itertools.combinations(dims, 2)
+    )
+    if shared and value.numel():
+        raise RuntimeError(
+            f"{op}: {name} has strides {list(value.stride())}: unsupported operation: more than "
+            f"one element of the written-to tensor refers to a single memory location. Please "
+            f"clone() the tensor before performing the operation."
+        )
 
 
 def check_device(op: str, name: str, value: Tensor, x: Tensor, of: str = "x") -> None:
