@@ -196,14 +196,6 @@ class AdapterBank:
             self._trained.pop(index, None)
             self._free_ids.append(index)
 
-    @torch.no_grad()
-    def _wipe(self, slot: int) -> None:
-        """Leave nothing of an adapter in its slot, that no number of it outlives it."""
-        self.rank[slot].fill_(0)
-        for t in (self.a_slots, self.bt_slots, self.scale):
-            t[slot].zero_()
-        self.gate[slot].fill_(1)
-
     def reserve(self, name: str) -> int:
         """Give a name an id without an adapter: its rows get the base output, until replace."""
         with self.lock:
