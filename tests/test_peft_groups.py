@@ -361,7 +361,7 @@ def set_weight(linear):
 
 def in_place(t):
     with torch.no_grad():
-        t.mul_(2)
+        t.add_(0.5)
 
 
 def trained_scale(layer):
@@ -408,9 +408,8 @@ def test_what_changes_of_a_layer_in_between_is_seen(change, family):
     if change == "a tensor's scaling":
         k.scaling["a0"] = torch.tensor(k.scaling["a0"], device=DEVICE)
     x = x_of()
-    q(x), k(x), v(x)
+    _, before, _ = q(x), k(x), v(x)
     q(x)
-    before = shared_input._local.pending.outputs[id(k)].y
     SINCE[change](k)
     got = k(x), v(x)
     fl.restore(model)
@@ -418,11 +417,9 @@ def test_what_changes_of_a_layer_in_between_is_seen(change, family):
     for u, w in zip(got, want, strict=True):
         torch.testing.assert_close(u, w, rtol=1e-4, atol=1e-5)
         assert u.requires_grad == w.requires_grad
-    assert (
-        change == "trained"
-        or not torch.allclose(before, want[0], rtol=1e-3, atol=1e-3)
-        or (change == "merged")
-    )
+    same = torch.allclose(before, want[0], rtol=1e-3, atol=1e-3)
+    assert same == (change in ("trained", "merged"))
+    shared_input._local.pending = None  # a layer that is merged or disabled takes nothing
 
 
 def test_x_that_changes_in_inference_mode_is_seen(calls):
