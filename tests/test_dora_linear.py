@@ -118,7 +118,7 @@ def test_gradcheck():
     x, weight, a, b, magnitude, bias = leaves(make((4,), dtype=torch.float64))
 
     def scaled(x, weight, a, b, factor, bias):
-        args = x, weight, a, b, None, None, None, SCALE, 0.0, None
+        args = x, weight, a, b, bias.detach(), None, None, SCALE, 0.0, None
         return op._run(args, factor, bias, "torch")
 
     assert torch.autograd.gradcheck(scaled, (x, weight, a, b, magnitude, bias))
@@ -179,6 +179,53 @@ def test_norms_err_no_more_than_twice_what_pefts_do(dtype, masters, left):
         assert error(by_terms(weight, a, b, SCALE)) > 20 * bound
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_of_zeros_is_scaled_by_one(backend, dtype):
+    """It has no direction; and B must learn one."""
+    tensors = make((4,), dtype=dtype)
+    with torch.no_grad():
+        tensors[1][2] = tensors[3][2] = tensors[4][2] = 0
+    tensors = leaves(tensors)
+    x, weight, a, b, magnitude, bias = tensors
+    dy = torch.ones(4, 6, device=DEVICE, dtype=dtype)
+    y, *grads = grads_of(fl.dora_linear(*tensors, scale=SCALE, backend=backend), tensors, dy)
+    want = grads_of(fl.lora_linear(x, weight, a, b, bias, scale=SCALE), [weight, b, bias], dy)
+    for got, plain in zip((y[:, 2], grads[1][2], grads[3][2], grads[5][2]),
+                          (want[0][:, 2], want[1][2], want[2][2], want[3][2]),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(got, plain)
+    assert all(t.isfinite().all() for t in grads) and grads[4][2] == 0 and grads[3][2].all()
+
+
+def test_the_reference_is_finite_where_a_row_is_zero():
+    tensors = make(dtype=torch.float64)
+    with torch.no_grad():
+        tensors[1][2] = tensors[3][2] = 0
+    found = [
+        grads_of(fn(*ts, scale=SCALE), ts, torch.ones(5, 6, device=DEVICE).double())
+        for fn in (fl.dora_linear, fl.reference.dora_linear)
+        for ts in [leaves(tensors)]
+    ]
+    for got, want in zip(*found, strict=True):
+        assert want.isfinite().all()
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_start_is_the_frozen_layer_to_the_bit(dtype, biased):
+    """With B = 0 and a magnitude of the norms; long enough that a bias that is added last would
+    round otherwise than one that the product begins with."""
+    x, weight, a, b, _, bias = make((7,), 48, 1031, dtype=dtype)
+    bias = bias if biased else None
+    magnitude = torch.linalg.norm(weight, dim=1)
+    for needs in (False, True):
+        own = magnitude.clone().requires_grad_(needs)
+        y = fl.dora_linear(x, weight, a, torch.zeros_like(b), own, bias, scale=SCALE)
+        assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
 class Largest(TorchDispatchMode):
     """The most elements that anything has which is made within."""
 
@@ -208,7 +255,8 @@ def test_saved_bytes():
     x, weight, a, b, magnitude, bias = leaves(make((50,)), (True, False, True, True, True, False))
     base = 50 * 10 + 6 * 10 + 3 * 10 + 6 * 3 + 50 * 3  # lora_linear's: x, the weights, h
     size, _ = saved_bytes(lambda: fl.dora_linear(x, weight, a, b, magnitude, bias, scale=1.0))
-    assert size == 4 * (base + 50 * 6 + 6 + 6)  # the product, the factor, the norms
+    # The product, the bias, the factor, the norms, and which of them are zero.
+    assert size == 4 * (base + 50 * 6 + 6 + 6 + 6) + 6
     magnitude = magnitude.detach()
     size, _ = saved_bytes(lambda: fl.dora_linear(x, weight, a, b, magnitude, bias, scale=1.0))
     assert size == 4 * (base + 6)
@@ -231,9 +279,10 @@ def test_autocast():
         y = fl.dora_linear(*tensors, scale=SCALE)
     x, weight, a, b, magnitude, bias = tensors
     assert y.dtype == torch.bfloat16
-    z = fl.lora_linear(x.bfloat16(), weight.bfloat16(), a, b, scale=SCALE)
+    z = fl.lora_linear(x.bfloat16(), weight.bfloat16(), a, b, bias.bfloat16(), scale=SCALE)
     factor = magnitude / op.row_norms(weight, a, b, SCALE)  # of what was not rounded
-    assert torch.equal(y, (factor * z + bias.bfloat16()).bfloat16())
+    want = torch.addcmul((1 - factor) * bias.bfloat16(), factor, z)
+    assert torch.equal(y, want.bfloat16())
     assert all(g.dtype == torch.float32 for g in grads_of(y, tensors, torch.ones_like(y))[1:])
 
 
@@ -245,13 +294,15 @@ def test_inputs_are_untouched_and_nothing_is_kept_without_gradients():
     assert all(torch.equal(u, v) for u, v in zip(tensors, before, strict=True))
 
 
-def test_compiles_without_a_graph_break():
+@backends
+def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
     compiled = torch.compile(fl.dora_linear, backend="aot_eager", fullgraph=True, dynamic=True)
     for M in (5, 6):
         tensors, dy = leaves(make((M,))), guarded((M, 6), device=DEVICE)
-        ours = grads_of(compiled(*tensors, scale=SCALE), tensors, dy)
-        eager = grads_of(fl.dora_linear(*tensors, scale=SCALE), tensors, dy)
+        options = {"scale": SCALE, "backend": backend}
+        ours = grads_of(compiled(*tensors, **options), tensors, dy)
+        eager = grads_of(fl.dora_linear(*tensors, **options), tensors, dy)
         for u, v in zip(ours, eager, strict=True):
             torch.testing.assert_close(u, v)
 

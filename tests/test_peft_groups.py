@@ -350,3 +350,127 @@ def test_compiled_there_are_no_groups(calls):
     assert calls == [1, 1, 1]
     for y, layer in zip(got, layers_of(alone_of(model)), strict=True):
         torch.testing.assert_close(y, layer(x))
+
+
+def set_data(parameter):
+    parameter.data = parameter.data * 2
+
+
+def set_weight(linear):
+    linear.weight = torch.nn.Parameter(linear.weight.detach() * 2)
+
+
+def in_place(t):
+    with torch.no_grad():
+        t.add_(0.5)
+
+
+def trained_scale(layer):
+    layer.scaling["a0"].mul_(2)
+
+
+# What happens between q(x) and k(x) to k, or to what it is computed from.
+SINCE = {
+    "scaling": lambda k: k.scaling.update(a0=2.5),
+    "a tensor's scaling": trained_scale,
+    "A, in place": lambda k: in_place(k.lora_A["a0"].weight),
+    "B, in place": lambda k: in_place(k.lora_B["a0"].weight),
+    "A's data": lambda k: set_data(k.lora_A["a0"].weight),
+    "A": lambda k: set_weight(k.lora_A["a0"]),
+    "the base weight, in place": lambda k: in_place(k.base_layer.weight),
+    "the base weight": lambda k: set_weight(k.base_layer),
+    "the base bias": lambda k: in_place(k.base_layer.bias),
+    "the bias of B": lambda k: in_place(k.lora_B["a0"].bias),
+    "the active adapter": lambda k: k.set_adapter("a1"),
+    "no active adapter": lambda k: k.set_adapter([]),
+    "two active adapters": lambda k: k.set_adapter(["a0", "a1"]),
+    "disabled": lambda k: k.enable_adapters(False),
+    "merged": lambda k: k.merge(),
+    "another method's": lambda k: setattr(
+        k, "base_layer", torch.nn.Sequential(k.base_layer, torch.nn.Tanh())
+    ),
+    "a hook": lambda k: k.lora_B["a0"].register_forward_hook(lambda layer, args, y: 2 * y),
+    "trained": lambda k: k.base_layer.weight.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("change", SINCE)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_changes_of_a_layer_in_between_is_seen(change, family):
+    bias = family == "bert"
+    if "bias" in change and not bias:
+        pytest.skip("it has none")
+    model = model_of(config(lora_bias=bias), config(r=3), family=family)
+    (batch,) = batches_of(family, n=1)
+    fl.accelerate(model, sample=batch)
+    q, k, v = next(
+        m for m in model.modules() if hasattr(m, "fused_lora_group")
+    ).fused_lora_group.layers
+    if change == "a tensor's scaling":
+        k.scaling["a0"] = torch.tensor(k.scaling["a0"], device=DEVICE)
+    x = x_of()
+    _, before, _ = q(x), k(x), v(x)
+    q(x)
+    SINCE[change](k)
+    got = k(x), v(x)
+    fl.restore(model)
+    want = k(x), v(x)
+    for u, w in zip(got, want, strict=True):
+        torch.testing.assert_close(u, w, rtol=1e-4, atol=1e-5)
+        assert u.requires_grad == w.requires_grad
+    same = torch.allclose(before, want[0], rtol=1e-3, atol=1e-3)
+    assert same == (change in ("trained", "merged"))
+    shared_input._local.pending = None  # a layer that is merged or disabled takes nothing
+
+
+def test_x_that_changes_in_inference_mode_is_seen(calls):
+    """Its tensors have no counter of changes: there are no groups."""
+    model = grouped()
+    q, k, _ = layers_of(model)
+    calls.clear()
+    with torch.inference_mode():
+        x = x_of()
+        q(x)
+        x.mul_(2)
+        got = k(x)
+        assert torch.equal(got, k(x.clone())) and set(calls) == {1}
+    calls.clear()
+    x = x_of()
+    with torch.inference_mode():  # that of a tensor that was made outside of it moves
+        q(x)
+        x.mul_(2)
+        assert torch.equal(k(x), k(x.clone())) and calls[0] == 3
+
+
+def test_weights_of_inference_mode_are_computed_alone(calls):
+    model = grouped()
+    q, k, _ = layers_of(model)
+    with torch.inference_mode():
+        k.lora_A["a0"].weight = torch.nn.Parameter(k.lora_A["a0"].weight.clone())
+    x = x_of()
+    with torch.no_grad():
+        q(x)
+        assert torch.equal(
+            k(x), alone_of(model).base_model.model.model.layers[0].self_attn.k_proj(x)
+        )
+
+
+def test_x_that_begins_to_require_gradients_in_between():
+    model = grouped()
+    q, k, _ = layers_of(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    x = x_of()
+    q(x)
+    assert k(x.requires_grad_()).requires_grad
+
+
+def test_another_backend_in_between(calls):
+    model = grouped()
+    q, k, _ = layers_of(model)
+    x = x_of()
+    calls.clear()
+    q(x)
+    with fl.use_backend("triton"):
+        k(x)
+    assert calls == [3, 1]

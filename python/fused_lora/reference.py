@@ -208,11 +208,13 @@ def lora_linear_group(
 
 def dora_linear(x, weight, lora_a, lora_b, magnitude, bias=None, *, scale):
     """y = b + (m / ||W0 + scale B A||) (x W0^T + scale (x A^T) B^T), the norms of rows being
-    constants (arXiv 2402.09353)."""
+    constants (arXiv 2402.09353); a row of zeros is scaled by 1."""
     z = lora_linear(x, weight, lora_a, lora_b, scale=scale)
     exact = torch.promote_types(weight.dtype, torch.float32)
     rows = weight.to(exact) + scale * (lora_b.to(exact) @ lora_a.to(exact))
-    y = magnitude / torch.linalg.vector_norm(rows, dim=1).detach() * z
+    norms = torch.linalg.vector_norm(rows, dim=1).detach()
+    zeros = norms == 0
+    y = (magnitude / norms.masked_fill(zeros, 1)).masked_fill(zeros, 1) * z
     return (y if bias is None else y + bias).to(z.dtype)
 
 

@@ -6,19 +6,24 @@ with changes. What is not covered runs PEFT's own forward, and the reason is kep
 
 import functools
 import importlib
+import numbers
 import os
 import sys
+import types
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.integrations.shared_input import observed
-from fused_lora.nn.checks import keep_unpacked_
+from fused_lora.nn.checks import keep_unpacked_, kind_of, placement
+from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
-from fused_lora.ops.dora_linear import dora_linear
+from fused_lora.ops.dept_embedding import without_autocast
+from fused_lora.ops.dora_linear import column_factor, dora_linear
 from fused_lora.ops.lora_add import lora_add
 from fused_lora.ops.lora_embedding import lora_embedding
 from fused_lora.ops.lora_linear import lora_linear
@@ -29,6 +34,7 @@ from fused_lora.reference import AdapterSlots
 
 BASE = "__base__"  # PEFT's name for rows without adapter
 PEFT = "PEFT"  # the route of what is not covered
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 class LayerReport(NamedTuple):
@@ -77,20 +83,54 @@ def _strict() -> bool:
     return os.environ.get("FUSED_LORA_STRICT", "0") == "1"
 
 
-def _hooks(module: torch.nn.Module) -> bool:
+def _is_own(forward, module: torch.nn.Module) -> bool:
+    """Whether `forward` is that of the module's class, bound to it."""
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return own and forward.__self__ is module
+
+
+def _is_placed(module: torch.nn.Module) -> bool:
+    """Whether the module's own forward is accelerate's, around that of its class."""
+    forward, inner = vars(module)["forward"], vars(module).get("_old_forward")
+    hooked = isinstance(forward, functools.partial) and placement(module) is not None
+    return hooked and forward.func.__module__ == "accelerate.hooks" and _is_own(inner, module)
+
+
+def _replaces(module: torch.nn.Module, device: torch.device) -> bool:
+    """Whether the module's own forward does more than that of its class to tensors that are on
+    `device`: what accelerate leaves where it takes a hook away does not, nor does the hook by which
+    it keeps a module of a device_map on that device."""
+    if _is_own(vars(module)["forward"], module):
+        return False
+    hook: Any = placement(module)
+    return not (
+        _is_placed(module)
+        and kind_of(hook) == "accelerate.hooks.AlignDevicesHook"
+        and not (hook.offload or hook.no_grad)
+        and hook.execution_device is not None
+        and torch.device(hook.execution_device) == device
+    )
+
+
+def _hooks(module: torch.nn.Module, device: torch.device) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or ("forward" in vars(module) and _replaces(module, device))
     )
+
+
+HOOKED = "it has hooks on its inner layers, which a fused call would pass by"
 
 
 def _inner_reason(layer, x: Tensor, parts: list[torch.nn.Module], tensors: list[Tensor]):
     """Why a call that computes with these parts and tensors of the layer cannot run fused."""
-    if any(_hooks(part) for part in parts):
-        return "it has hooks on its inner layers, which a fused call would pass by"
+    if _has_any_global_hook():
+        return "hooks on all modules (torch.nn.modules.module), which a fused call would pass by"
+    if any(_hooks(part, x.device) for part in parts):
+        return HOOKED
     if not check.all_plain(x, *tensors):
         return "a tensor subclass, a sparse layout or forward-mode AD"
     return None
@@ -99,6 +139,41 @@ def _inner_reason(layer, x: Tensor, parts: list[torch.nn.Module], tensors: list[
 def _probability(layer, name: str) -> float:
     dropout = layer.lora_dropout[name]
     return dropout.p if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+
+
+def _scale(value) -> float | Tensor | None:
+    """An adapter's scale as the ops take it; None where it is not one finite real number. Of a
+    tensor, which PEFT's hot swap makes of it, the value is not read."""
+    if isinstance(value, Tensor):
+        one = value.ndim < 2 and value.numel() == 1 and check.all_plain(value)
+        if not one or value.is_complex() or value.dtype == torch.bool:
+            return None
+        value = value.reshape(())
+        return value if value.is_floating_point() else value.float()
+    if isinstance(value, numbers.Real) and -LARGEST_SCALE <= value <= LARGEST_SCALE:
+        return float(value)
+    return None
+
+
+def _scale_reason(layer, name: str) -> str | None:
+    if _scale(value := layer.scaling[name]) is not None:
+        return None
+    if isinstance(value, Tensor):
+        return f"adapter {name!r} is scaled by a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"adapter {name!r} is scaled by {value!r}"
+
+
+def _base_reason(layer, wanted: type) -> str | None:
+    """Why the layer that PEFT adapts, which may be adapted by another method itself, cannot be
+    passed by."""
+    base = layer.base_layer
+    if type(base) is not wanted:
+        cls = getattr(base, "PEFT_CLASS", type(base))
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        return f"its base layer is a {name}, and not a plain nn.{wanted.__name__}"
+    if base.weight.dtype not in check.DTYPES:
+        return f"its weight is {base.weight.dtype}"
+    return None
 
 
 class _LinearForm:
@@ -121,18 +196,21 @@ class _LinearForm:
     @staticmethod
     def static_reason(layer) -> str | None:
         """Why no call of this layer can run fused."""
-        base = layer.get_base_layer()
-        if type(base) is not torch.nn.Linear:
-            return f"its base layer is a {type(base).__name__}, and not a plain nn.Linear"
         if layer.fan_in_fan_out:
             return "fan_in_fan_out: its weight is transposed"
-        if base.weight.dtype not in check.DTYPES:
-            return f"its weight is {base.weight.dtype}"
-        return None
+        return _base_reason(layer, torch.nn.Linear)
+
+    @classmethod
+    def parts(cls, layer, name: str) -> list[torch.nn.Module]:
+        """The modules that a fused call with this adapter passes by."""
+        found = [layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
+        return [*found, layer.lora_magnitude_vector[name]] if cls.is_dora(layer, name) else found
 
     @staticmethod
     def parts_reason(layer, name: str, dropped: bool) -> str | None:
         """Why what PEFT has put into this adapter cannot run fused."""
+        if reason := _scale_reason(layer, name):
+            return reason
         for projection in (layer.lora_A[name], layer.lora_B[name]):
             if type(projection) is not torch.nn.Linear:
                 return f"adapter {name!r} has a {type(projection).__name__}"
@@ -148,7 +226,7 @@ class _LinearForm:
             return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
         if reason := cls.parts_reason(layer, name, dropped):
             return reason
-        known = layer.get_base_layer().weight.dtype, torch.float32
+        known = layer.base_layer.weight.dtype, torch.float32
         for projection in (layer.lora_A[name], layer.lora_B[name]):
             if projection.weight.dtype not in known:
                 return f"adapter {name!r} is {projection.weight.dtype}"
@@ -163,15 +241,13 @@ class _LinearForm:
     @classmethod
     def call_reason(cls, layer, x: Tensor, names: list[str], mixed: bool) -> str | None:
         """Why this call cannot run fused, for these adapters."""
-        base = layer.get_base_layer()
+        base = layer.base_layer
         parts, tensors = [base], [base.weight]
         for name in names:
             if reason := cls.adapter_reason(layer, name, dropped=not mixed):
                 return reason
-            parts += [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
+            parts += cls.parts(layer, name)
             tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
-            if cls.is_dora(layer, name):
-                parts.append(layer.lora_magnitude_vector[name])
         if reason := _inner_reason(layer, x, parts, tensors):
             return reason
         if not check.autocasting(x) and x.dtype != base.weight.dtype:
@@ -184,46 +260,69 @@ class _LinearForm:
             return "a mixed batch in training, with dropout"
         if mixed and any(layer.lora_B[name].bias is not None for name in names):
             return "a mixed batch, with lora_bias"
+        if mixed and any(getattr(layer.scaling[name], "requires_grad", False) for name in names):
+            return "a mixed batch, with a scale that requires a gradient"
         return None
 
     @staticmethod
-    def usual(layer, x: Tensor) -> Tensor | None:
-        """What forward gives, only where there is one plain adapter and none of the reasons above
-        holds; else None.
+    def look(layer, x: Tensor) -> tuple | None:
+        """(weight, bias, A, B, the bias of B, scale, dropout_p) of a call, only where there is at
+        most one adapter, a plain one, and none of the reasons above holds; else None. Without an
+        adapter A and B are None.
 
         Most calls are such, and small ones last no longer than the reasons: one look at each part.
         """
-        active, modules = layer.active_adapters, layer._modules
-        if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
+        modules = layer._modules
+        own = modules["lora_A"]._modules
+        names = [name for name in layer.active_adapters if name in own]
+        if len(names) > 1 or layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
             return None
-        (name,), base = active, modules["base_layer"]
-        a, b, dropout = (
-            modules[part]._modules.get(name) for part in ("lora_A", "lora_B", "lora_dropout")
-        )
-        linear, dropouts = torch.nn.Linear, (torch.nn.Identity, torch.nn.Dropout)
-        if a is None or b is None or base is None or dropout is None:
+        linear, base, device = torch.nn.Linear, modules["base_layer"], x.device
+        if type(base) is not linear or _hooks(base, device) or _has_any_global_hook():
             return None
-        if not type(base) is type(a) is type(b) is linear or type(dropout) not in dropouts:
-            return None
-        if layer.fan_in_fan_out or _hooks(base) or _hooks(a) or _hooks(b) or _hooks(dropout):
-            return None
-        weight, lora_a, lora_b = (part._parameters.get("weight") for part in (base, a, b))
-        if weight is None or lora_a is None or lora_b is None:
-            return None
-        if not check.all_plain(x, weight, lora_a, lora_b):
-            return None
-        known = weight.dtype, torch.float32
-        if not (weight.dtype in check.DTYPES and lora_a.dtype in known and lora_b.dtype in known):
+        weight = base._parameters.get("weight")
+        if weight is None or "bias" not in base._parameters or weight.dtype not in check.DTYPES:
             return None
         if x.dtype != weight.dtype and not check.autocasting(x):
             return None
+        bias = base._parameters["bias"]
+        if not names:
+            plain = check.all_plain(x, weight)
+            return (weight, bias, None, None, None, 1.0, 0.0) if plain else None
+        (name,) = names
+        a, b, dropout = (
+            own[name],
+            modules["lora_B"]._modules.get(name),
+            modules["lora_dropout"]._modules.get(name),
+        )
+        if not type(a) is type(b) is linear or name in layer.lora_variant:
+            return None
+        if type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
+            return None
+        if _hooks(a, device) or _hooks(b, device) or _hooks(dropout, device):
+            return None
+        lora_a, lora_b = a._parameters.get("weight"), b._parameters.get("weight")
+        if lora_a is None or lora_b is None or "bias" not in b._parameters:
+            return None
+        known = weight.dtype, torch.float32
+        if not (check.all_plain(x, weight, lora_a, lora_b) and lora_a.dtype in known):
+            return None
+        scale = _scale(layer.scaling[name])
+        if lora_b.dtype not in known or scale is None:
+            return None
         p = dropout.p if dropout.training and type(dropout) is torch.nn.Dropout else 0.0
-        bias: Tensor | None = base._parameters.get("bias")
-        own, scale = b._parameters.get("bias"), layer.scaling[name]
-        if folds := own is not None and _exact(x):
-            bias = _with_own(bias, own, scale)
+        return weight, bias, lora_a, lora_b, b._parameters["bias"], scale, p
+
+    @classmethod
+    def usual(cls, layer, x: Tensor) -> Tensor | None:
+        """What forward gives where one look shows that nothing is in the way, else None."""
+        found = cls.look(layer, x)
+        if found is None or found[2] is None:
+            return None
+        weight, bias, lora_a, lora_b, own, scale, p = found
+        bias, own = _folded(x, bias, own, scale)
         y = lora_linear(x, weight, lora_a, lora_b, bias, scale=scale, dropout_p=p)
-        return y if folds or own is None else _add_biases(y, layer, [name])
+        return _with_bias(y, own, scale)
 
     @classmethod
     def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
@@ -233,19 +332,26 @@ class _LinearForm:
         if cls.is_dora(layer, names[0]):
             return _dora(layer, x, names[0])
         # Side by side in one lora_linear they would be copies, which the backward would keep.
-        (a, b, scale), *others = cls.tensors(layer, names)
+        (a, b, first, scale), *others = cls.tensors(layer, names)
         p, *drops = [_probability(layer, name) for name in names]
-        bias, left = _folded(layer, x, names)
-        y = lora_linear(x, layer.get_base_layer().weight, a, b, bias, scale=scale, dropout_p=p)
-        for (a, b, scale), p in zip(others, drops, strict=True):
+        bias, left = _folded(x, layer.base_layer.bias, first, scale)
+        y = lora_linear(x, layer.base_layer.weight, a, b, bias, scale=scale, dropout_p=p)
+        y = _with_bias(y, left, scale)
+        for (a, b, own, scale), p in zip(others, drops, strict=True):
             y = lora_add(y, x, a, b, scale=scale, dropout_p=p)
-        return _add_biases(y, layer, left)
+            y = _with_bias(y, own, scale)
+        return y
 
     @staticmethod
-    def tensors(layer, names: list[str]) -> list[tuple[Any, Any, Any]]:
-        """[(A, B, scale)] of the adapters."""
+    def tensors(layer, names: list[str]) -> list[tuple[Any, Any, Any, Any]]:
+        """[(A, B, the bias of B, scale)] of the adapters."""
         return [
-            (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+            (
+                layer.lora_A[name].weight,
+                layer.lora_B[name].weight,
+                layer.lora_B[name].bias,
+                _scale(layer.scaling[name]),
+            )
             for name in names
         ]
 
@@ -256,73 +362,57 @@ def _dora_caching(layer) -> bool:
     return getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training
 
 
-def _exact(x: Tensor) -> bool:
-    """Whether biases of lora_bias may be folded into the base layer's. In 16 bits they are added to
-    the output: folded, they would be rounded once for all rows."""
-    return x.dtype.itemsize >= 4 and not check.autocasting(x)
-
-
-def _with_own(bias: Tensor | None, own: Tensor, scale: float | Tensor) -> Tensor:
-    """bias + scale * own."""
+def _folded(x: Tensor, bias: Tensor | None, own: Tensor | None, scale):
+    """(the base layer's bias with that of lora_bias, what it lacks of that). In 16 bits it is added
+    to the output: folded, it would be rounded once for all rows."""
+    if own is None or x.dtype.itemsize < 4 or check.autocasting(x):
+        return bias, own
     if bias is None:
-        return own * scale
+        return own * scale, None
     if isinstance(scale, Tensor):  # for PEFT's hot swap
-        return bias + own * scale
-    return torch.add(bias, own, alpha=scale)
+        return bias + own * scale, None
+    return torch.add(bias, own, alpha=scale), None
 
 
-def _folded(layer, x: Tensor, names: list[str]) -> tuple[Tensor | None, list[str]]:
-    """(the base layer's bias with those of lora_bias, the adapters of which it lacks them)."""
-    bias = layer.get_base_layer().bias
-    given = [name for name in names if layer.lora_B[name].bias is not None]
-    if not _exact(x):
-        return bias, given
-    for name in given:
-        bias = _with_own(bias, layer.lora_B[name].bias, layer.scaling[name])
-    return bias, []
-
-
-def _add_biases(y: Tensor, layer, names: list[str]) -> Tensor:
-    """y with those of lora_bias, in place."""
-    for name in names:
-        y.add_(layer.lora_B[name].bias * layer.scaling[name])
-    return y
+def _with_bias(y: Tensor, own: Tensor | None, scale) -> Tensor:
+    """y with a bias of lora_bias, in place."""
+    return y if own is None else y.add_(own * scale)
 
 
 def _dora(layer, x: Tensor, name: str) -> Tensor:
-    """PEFT drops what DoRA scales, and that is the base product too; what was dropped of x goes
-    through the base layer alone."""
-    base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
-    dropping = layer.training and _probability(layer, name) > 0
-    kept = dropout(x) if dropping else x
-    ((a, b, scale),) = _LinearForm.tensors(layer, [name])
+    """PEFT drops what DoRA adds to the base layer's output, c ⊙ (z + l) - z with the base product z
+    and the adapter's l, and leaves that output whole."""
+    base, dropout = layer.base_layer, layer.lora_dropout[name]
+    ((a, b, _, scale),) = _LinearForm.tensors(layer, [name])
     magnitude = layer.lora_magnitude_vector[name].weight
-    y = dora_linear(kept, base.weight, a, b, magnitude, base.bias, scale=scale)
-    return y + F.linear(x - kept, base.weight) if dropping else y
+    if not (layer.training and _probability(layer, name) > 0):
+        return dora_linear(x, base.weight, a, b, magnitude, base.bias, scale=scale)
+    kept = dropout(x)
+    with without_autocast(x):
+        factor = column_factor(base.weight, a, b, magnitude, scale)
+    y = F.linear(x, base.weight, base.bias)
+    y = torch.addcmul(y, F.linear(kept, base.weight), factor - 1).to(y.dtype)
+    return lora_add(y, kept, a, factor[:, None] * b, scale=scale)
 
 
-def _together(layers: list[Any], x: Tensor) -> list[Tensor] | None:
-    """What these layers make of x, in one call; None where one of them is not in a state for
-    that."""
-    form, projections = _LinearForm, []
-    left: list[list[str]] = []
+def _together(layers: list[Any], x: Tensor) -> tuple[list[Tensor], list[tuple]] | None:
+    """(what these layers make of x, in one call, and what each makes it of); None where one of them
+    is not in a state for that."""
+    looked = []
     for layer in layers:
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
         # What stands before a later layer's forward has not run yet.
-        before = layer is not layers[0] and (layer._forward_pre_hooks or "forward" in vars(layer))
-        if before or layer.disable_adapters or layer.merged or len(names) > 1:
+        before = layer is not layers[0] and (
+            layer._forward_pre_hooks or ("forward" in vars(layer) and _replaces(layer, x.device))
+        )
+        found = None if before else _LinearForm.look(layer, x)
+        if found is None or found[-1] > 0:
             return None
-        if form.static_reason(layer) or form.call_reason(layer, x, names, mixed=False):
-            return None
-        if any(form.is_dora(layer, name) or _probability(layer, name) for name in names):
-            return None
-        (adapter,) = form.tensors(layer, names) or [(None, None, 1.0)]
-        bias, lacking = _folded(layer, x, names)
-        projections.append((layer.get_base_layer().weight, bias, *adapter))
-        left.append(lacking)
-    weights, biases, lora_as, lora_bs, scales = map(list, zip(*projections, strict=True))
+        looked.append(found)
+    weights, biases, lora_as, lora_bs, owns, scales, _ = map(list, zip(*looked, strict=True))
+    folded = [_folded(x, *one) for one in zip(biases, owns, scales, strict=True)]
+    biases, left = map(list, zip(*folded, strict=True))
     ys = lora_linear_group(x, weights, lora_as, lora_bs, biases, scales=scales)
-    return [_add_biases(*one) for one in zip(ys, layers, left, strict=True)]
+    return [_with_bias(*one) for one in zip(ys, left, scales, strict=True)], looked
 
 
 class _QuantisedForm(_LinearForm):
@@ -336,6 +426,10 @@ class _QuantisedForm(_LinearForm):
     @staticmethod
     def static_reason(layer) -> str | None:
         return "fan_in_fan_out: its weight is transposed" if layer.fan_in_fan_out else None
+
+    @classmethod
+    def parts(cls, layer, name: str) -> list[torch.nn.Module]:
+        return [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
 
     @classmethod
     def adapter_reason(cls, layer, name: str, dropped: bool = True) -> str | None:
@@ -352,7 +446,7 @@ class _QuantisedForm(_LinearForm):
         for name in names:
             if reason := cls.adapter_reason(layer, name):
                 return reason
-            parts += [layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]]
+            parts += cls.parts(layer, name)
             tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
         if reason := _inner_reason(layer, x, parts, tensors):
             return reason
@@ -372,11 +466,10 @@ class _QuantisedForm(_LinearForm):
         y = layer.base_layer(x)
         if not check.autocasting(x):
             x = x.to(y.dtype)  # what bitsandbytes gives back is not always of x's dtype
-        for name, (a, b, scale) in zip(names, cls.tensors(layer, names), strict=True):
+        for name, (a, b, own, scale) in zip(names, cls.tensors(layer, names), strict=True):
             y = lora_add(y, x, a, b, scale=scale, dropout_p=_probability(layer, name))
-        return _add_biases(
-            y, layer, [name for name in names if layer.lora_B[name].bias is not None]
-        )
+            y = _with_bias(y, own, scale)
+        return y
 
 
 class _EmbeddingForm:
@@ -392,11 +485,9 @@ class _EmbeddingForm:
 
     @staticmethod
     def static_reason(layer) -> str | None:
-        base = layer.get_base_layer()
-        if type(base) is not torch.nn.Embedding:
-            return f"its base layer is a {type(base).__name__}, and not a plain nn.Embedding"
-        if base.weight.dtype not in check.DTYPES:
-            return f"its weight is {base.weight.dtype}"
+        if reason := _base_reason(layer, torch.nn.Embedding):
+            return reason
+        base = layer.base_layer
         options = {
             "max_norm": base.max_norm is not None,
             "scale_grad_by_freq": base.scale_grad_by_freq,
@@ -408,11 +499,17 @@ class _EmbeddingForm:
         return None
 
     @staticmethod
+    def parts(layer, name: str) -> list[torch.nn.Module]:
+        return [layer.base_layer]
+
+    @staticmethod
     def adapter_reason(layer, name: str) -> str | None:
         if name in layer.lora_variant:
             return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        if reason := _scale_reason(layer, name):
+            return reason
         for half in (layer.lora_embedding_A[name], layer.lora_embedding_B[name]):
-            if half.dtype not in (layer.get_base_layer().weight.dtype, torch.float32):
+            if half.dtype not in (layer.base_layer.weight.dtype, torch.float32):
                 return f"adapter {name!r} is {half.dtype}"
         if getattr(layer, "input_fns", {}).get(name) is not None:
             return f"adapter {name!r} is split over devices (tensor parallel)"
@@ -422,7 +519,7 @@ class _EmbeddingForm:
     def call_reason(cls, layer, ids: Tensor, names: list[str], mixed: bool) -> str | None:
         if mixed:
             return "a mixed batch of an embedding"
-        base = layer.get_base_layer()
+        base = layer.base_layer
         tensors = [base.weight]
         for name in names:
             if reason := cls.adapter_reason(layer, name):
@@ -438,9 +535,13 @@ class _EmbeddingForm:
     def forward(layer, ids: Tensor, names: list[str]) -> Tensor:
         if not names:
             return layer.base_layer(ids)
-        base = layer.get_base_layer()
+        base = layer.base_layer
         (a, b, scale), *others = [
-            (layer.lora_embedding_A[name], layer.lora_embedding_B[name], layer.scaling[name])
+            (
+                layer.lora_embedding_A[name],
+                layer.lora_embedding_B[name],
+                _scale(layer.scaling[name]),
+            )
             for name in names
         ]
         padding_idx = base.padding_idx
@@ -471,8 +572,10 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     """Every row of the batch with its own adapter; one that the layer lacks is the base."""
-    base = layer.get_base_layer()
-    known, routing = _routing(tuple(adapter_names), x.device)
+    base, routing_of, constant = layer.base_layer, _routing, _constant
+    if dispatch.traced(x):  # what a trace makes must not outlive it
+        routing_of, constant = _routing.__wrapped__, _constant.__wrapped__
+    known, routing = routing_of(tuple(adapter_names), x.device)
     present = [name if name in layer.lora_A else None for name in known] or [None]
     N, K = base.weight.shape
     ranks = [0 if name is None else layer.lora_A[name].weight.shape[0] for name in present]
@@ -487,15 +590,15 @@ def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
             a_slots[i, :rank] = layer.lora_A[name].weight
             bt_slots[i, :rank] = layer.lora_B[name].weight.t()
     like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    scales = [0.0 if name is None else layer.scaling[name] for name in present]
+    scales = [0.0 if name is None else _scale(layer.scaling[name]) for name in present]
     if any(isinstance(scale, Tensor) for scale in scales):  # for PEFT's hot swap
         scale = torch.stack([torch.as_tensor(scale, **like) for scale in scales])
     else:
-        scale = _constant(tuple(scales), torch.float32, x.device)
+        scale = constant(tuple(scales), torch.float32, x.device)
     slots = AdapterSlots(
         a_slots,
         bt_slots,
-        _constant(tuple(ranks), torch.int32, x.device),
+        constant(tuple(ranks), torch.int32, x.device),
         scale,
         torch.ones(len(present), R, **like),
     )
@@ -506,9 +609,15 @@ class _Accelerated:
     """What the accelerated classes put before PEFT's forward; each has its form."""
 
     FORM: Any
+    PEFT_CLASS: type
+
+    def _get_name(self) -> str:
+        return self.PEFT_CLASS.__name__
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         layer: Any = self
+        if not isinstance(layer, _Accelerated):  # something kept this method over restore
+            return type(layer).forward(layer, x, *args, **kwargs)
         alone = not (args or kwargs or "fused_lora_group" in vars(layer))
         if alone and not torch.compiler.is_compiling():
             y = self.FORM.usual(layer, x)
@@ -528,7 +637,7 @@ class _Accelerated:
         ]
         shared = vars(layer).get("fused_lora_group")
         if shared and mixed is None and not (args or others):
-            y = shared.output(layer, x, _together)
+            y = shared.output(layer, x, self.FORM.look, _together)
             if y is None and not torch.compiler.is_compiling():
                 y = self.FORM.usual(layer, x)
             if y is not None:
@@ -541,8 +650,8 @@ class _Accelerated:
         if reason is not None:
             if _strict():
                 raise RuntimeError(f"FUSED_LORA_STRICT=1, and a layer is not fused: {reason}")
-            counts = vars(layer).setdefault("fused_lora_fallbacks", Counter())
-            counts[reason] += 1
+            if not torch.compiler.is_compiling():
+                vars(layer).setdefault("fused_lora_fallbacks", Counter())[reason] += 1
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if mixed is not None:
             return _fused_mixed(layer, x, mixed)
@@ -567,6 +676,7 @@ def _accelerated(cls: type, form: type) -> Any:
         "__qualname__": name,
         "__doc__": f"{cls.__module__}.{cls.__name__} whose forward runs on the ops of fused_lora.",
         "FORM": form,
+        "PEFT_CLASS": cls,
     }
     return type(name, (_Accelerated, cls), namespace)
 
@@ -607,10 +717,35 @@ def _report(name: str, layer, form) -> LayerReport:
     if form is None:
         return LayerReport(name, f"{type(layer).__name__} of PEFT has no fused form", PEFT)
     adapters = list(form.adapters(layer))
-    reasons = [form.static_reason(layer), *(form.adapter_reason(layer, a) for a in adapters)]
-    reason = next(filter(None, reasons), None)
+    reason = form.static_reason(layer) or _bypass(layer)
+    for adapter in adapters:
+        reason = reason or form.adapter_reason(layer, adapter)
+        reason = reason or _hooked_reason(form.parts(layer, adapter))
     routes = sorted({form.route(layer, a) for a in adapters}) if reason is None else [PEFT]
     return LayerReport(name, reason, ", ".join(routes))
+
+
+def _bypass(layer) -> str | None:
+    """Why calls of the layer need not come to its class's forward."""
+    forward = vars(layer).get("forward")
+    if forward is None or _is_own(forward, layer) or _is_placed(layer):
+        return None
+    return "it has a forward of its own, which need not come to that of its class"
+
+
+def _hooked_reason(parts: list[torch.nn.Module]) -> str | None:
+    """Whether there are hooks on these parts where all tensors are on one device."""
+    devices = {t.device for part in parts for t in part.parameters()}
+    device = next(iter(devices), torch.device("cpu"))
+    return HOOKED if any(_hooks(part, device) for part in parts) else None
+
+
+def _change_class(layer, cls: type) -> None:
+    """Give the layer another class, and also the forward that accelerate's hooks have kept."""
+    kept = [name for name in ("forward", "_old_forward") if _is_own(vars(layer).get(name), layer)]
+    layer.__class__ = cls
+    for name in kept:
+        vars(layer)[name] = types.MethodType(cls.forward, layer)
 
 
 def _group(model: torch.nn.Module, layers: dict[str, Any], sample: dict[str, Any]):
@@ -667,9 +802,9 @@ def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> 
     if foreign and _strict():
         raise RuntimeError(f"FUSED_LORA_STRICT=1, and {foreign[0].name}: {foreign[0].reason}")
     for layer in layers.values():
-        layer.__class__ = classes.get(type(layer), type(layer))
+        _change_class(layer, classes.get(type(layer), type(layer)))
         vars(layer).pop("fused_lora_group", None)
-        if type(layer) in forms and keep_unpacked_(layer.get_base_layer()):
+        if type(layer) in forms and keep_unpacked_(layer.base_layer):
             layer.fused_lora_packs = True
     groups = [] if sample is None else _group(model, layers, sample)
     return AccelerateReport(reports, layers, groups)
@@ -683,8 +818,8 @@ def restore(model: torch.nn.Module) -> None:
     exact = {new: cls for cls, new in accelerated_classes().items()}
     for layer in _layers(model).values():
         if type(layer) in exact:
-            layer.__class__ = exact[type(layer)]
+            _change_class(layer, exact[type(layer)])
             vars(layer).pop("fused_lora_fallbacks", None)
             vars(layer).pop("fused_lora_group", None)
             if vars(layer).pop("fused_lora_packs", False):
-                layer.get_base_layer().support_avx512bf16_for_cpu = True
+                layer.base_layer.support_avx512bf16_for_cpu = True

@@ -2,8 +2,8 @@
 
 Which they are is seen in one call of the model and then stays as it is, so that a recomputation (as
 in activation checkpointing) does what the forward did. A group's first layer computes for all; each
-of the others, when it is called with that very tensor, is handed its part, and computes for itself
-when it is called with another.
+of the others, when it is called with that very tensor and is what it was, is handed its part, and
+else computes for itself.
 """
 
 import threading
@@ -13,13 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_lora.ops import dispatch
+
+
+class _Output(NamedTuple):
+    """What a layer is to be handed, and what it was computed from."""
+
+    y: Tensor
+    looked: tuple
+    stamp: tuple
+
 
 class _Pending(NamedTuple):
     """What a group's first layer has computed for the others, by their id."""
 
     x: Tensor
     state: tuple
-    outputs: dict[int, Tensor]
+    outputs: dict[int, _Output]
 
 
 class _Local(threading.local):
@@ -32,12 +42,22 @@ class _Local(threading.local):
 _local = _Local()
 
 
+def _stamp(values: tuple) -> tuple:
+    """What tells whether these are what they were, as far as autograd itself would see it: a change
+    within a tensor's .data moves no counter."""
+    return tuple(
+        (id(t), t._version, t.data_ptr(), t.requires_grad) if isinstance(t, Tensor) else t
+        for t in values
+    )
+
+
 def _state(x: Tensor) -> tuple:
-    """What a call depends on beside x: its version, and the modes that autograd and autocast are
-    in."""
+    """What a call depends on beside the layer: x, the backend, and the modes that autograd and
+    autocast are in."""
     device = x.device.type
     return (
-        None if x.is_inference() else x._version,
+        *_stamp((x,)),
+        dispatch.choose(None),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device),
@@ -52,26 +72,38 @@ class SharedInput:
         self.layers = layers
 
     def output(
-        self, layer, x: Tensor, compute: Callable[[list[Any], Tensor], list[Tensor] | None]
+        self,
+        layer,
+        x: Tensor,
+        look: Callable[[Any, Tensor], tuple | None],
+        compute: Callable[[list[Any], Tensor], tuple[list[Tensor], list[tuple]] | None],
     ) -> Tensor | None:
         """The layer's part of what its group computed of x, or None: it is to compute for itself.
 
-        compute(layers, x) is the outputs of all, or None where they cannot be had in one call.
+        look(layer, x) is all that the layer computes its part from, or None where that is more than
+        compute can take; compute(layers, x) is (the outputs of all, what look gives of each), or
+        None where they cannot be had in one call. Inference tensors have no counter of changes:
+        with one of them there is no group.
         """
         waiting, _local.pending = _local.pending, None
-        if torch.compiler.is_compiling():
+        if dispatch.traced(x) or x.is_inference():
             return None
         if waiting and waiting.x is x and waiting.state == _state(x):
             found = waiting.outputs.pop(id(layer), None)
             if waiting.outputs:
                 _local.pending = waiting
             if found is not None:
-                return found
-        if layer is not self.layers[0] or (outputs := compute(self.layers, x)) is None:
+                looked = look(layer, x)
+                if looked is not None and _stamp(looked) == found.stamp:
+                    return found.y
+                return None
+        if layer is not self.layers[0] or (computed := compute(self.layers, x)) is None:
             return None
-        first, *others = outputs
-        parts = {id(other): y for other, y in zip(self.layers[1:], others, strict=True)}
-        _local.pending = _Pending(x, _state(x), parts)
+        (first, *ys), (_, *looked) = computed
+        if not any(isinstance(t, Tensor) and t.is_inference() for one in looked for t in one):
+            outputs = [_Output(y, one, _stamp(one)) for y, one in zip(ys, looked, strict=True)]
+            parts = dict(zip(map(id, self.layers[1:]), outputs, strict=True))
+            _local.pending = _Pending(x, _state(x), parts)
         return first
 
 

@@ -108,6 +108,12 @@ def watched(x: torch.Tensor) -> bool:
     )
 
 
+def traced(x: torch.Tensor) -> bool:
+    """True where what is made of x, or beside it, may be a tracer's or a transform's tensor, which
+    must not be kept for a later call."""
+    return watched(x) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def never_refuses(x: torch.Tensor) -> str | None:
     return None
 

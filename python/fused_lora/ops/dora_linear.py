@@ -4,7 +4,8 @@ The norms are those of the rows, and constants in the backward (arXiv 2402.09353
 
     dz = c ⊙ dy      dm = (the sum over the rows of dy ⊙ z) / ||W0 + scale * B A||
 
-and the gradients behind z are those of lora_linear.
+and the gradients behind z are those of lora_linear. It is computed as c ⊙ (z + b) + (1 - c) ⊙ b:
+where c = 1, as when training begins, y is to the bit what lora_linear gives with the bias.
 """
 
 import torch
@@ -21,8 +22,14 @@ TILE = 2**20  # elements of W0 + scale * B A that exist at once
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor) -> Tensor:
-    """||W0 + scale * B A|| of every row, fp32 [N] (fp64 for fp64).
+def row_norms(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor,
+    rounded: torch.dtype | None = None,
+) -> Tensor:
+    """||W0 + scale * B A|| of every row, fp32 [N] (fp64 for fp64), or `rounded` to a dtype.
 
     Some rows at a time: B A is never whole. The sum ||w||^2 + 2 s w . (b A) + s^2 b (A A^T) b^T
     needs no such tile, but where B A undoes most of a row it is left with the rounding errors of
@@ -32,43 +39,62 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Ten
     a, b = lora_a.to(dtype) * scale, lora_b.to(dtype)
     rows = max(1, TILE // weight.shape[1])
     norms = [
-        torch.linalg.vector_norm(torch.addmm(w.to(dtype), part, a), dim=1)
+        torch.linalg.vector_norm(torch.addmm(w.to(dtype), part, a).to(rounded or dtype), dim=1)
         for w, part in zip(weight.split(rows), b.split(rows), strict=True)
     ]
-    return norms[0] if len(norms) == 1 else torch.cat(norms)
+    return (norms[0] if len(norms) == 1 else torch.cat(norms)).to(dtype)
+
+
+def column_factor(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scale: float | Tensor
+) -> Tensor:
+    """c = m / ||W0 + scale * B A||, fp32 [N] (fp64 for fp64); 1 for a row of zeros, which has no
+    direction that a magnitude could scale.
+
+    The norms have no more digits than a 16-bit magnitude, which began as one of them: the quotient
+    is then exactly 1.
+    """
+    rounded = magnitude.dtype if magnitude.dtype.itemsize == 2 else None
+    norms = row_norms(weight, lora_a, lora_b, scale, rounded)
+    zeros = norms == 0
+    return (magnitude.to(norms.dtype) / norms.masked_fill(zeros, 1)).masked_fill(zeros, 1)
 
 
 def _scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """factor ⊙ z + bias, computed in factor's dtype and rounded once."""
+    """factor ⊙ z + (1 - factor) ⊙ bias, computed in factor's dtype and rounded once."""
     if bias is None:
         return torch.mul(z, factor, out=out)
-    return torch.addcmul(bias.to(factor.dtype), z, factor, out=out)
+    return torch.addcmul((1 - factor) * bias, z, factor, out=out)
 
 
 class ScaleColumnsFunction(torch.autograd.Function):
-    """z [..., N], factor [N], bias [N] or None -> factor ⊙ z + bias of z's dtype.
+    """z [..., N] with the bias in it, factor [N], bias [N] or None -> factor ⊙ (z - bias) + bias of
+    z's dtype.
 
-    backward: dy [..., N] -> dz, dfactor, dbias of their inputs' shapes and dtypes, each only where
-    it is asked for. Saved: factor, and z where factor's gradient needs it.
+    backward: dy [..., N] -> dz, dfactor, and as dbias that of both: bias is to be detached in z.
+    They have their inputs' shapes and dtypes, and are made only where they are asked for. Saved:
+    factor, and z and bias where factor's gradient needs them.
     """
 
     @staticmethod
     def forward(ctx, z, factor, bias):
-        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor)
+        saved = (z, bias) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*saved, factor)
         return _scale_columns(z, factor, bias, torch.empty_like(z))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         need_dz, need_dfactor, need_dbias = ctx.needs_input_grad
-        z, factor = ctx.saved_tensors
+        z, bias, factor = ctx.saved_tensors
         dz = dfactor = dbias = None
         rows = (-1, dy.shape[-1])
         with without_autocast(dy):
             if need_dz:
                 dz = torch.mul(dy, factor, out=torch.empty_like(dy))
             if need_dfactor:
-                dfactor = (dy.to(factor.dtype) * z).reshape(rows).sum(0)
+                scaled = z if bias is None else z - bias.to(factor.dtype)
+                dfactor = (dy.to(factor.dtype) * scaled).reshape(rows).sum(0)
             if need_dbias:
                 dbias = dy.reshape(rows).sum(0)
         return dz, dfactor, dbias
@@ -84,15 +110,9 @@ def _prepare(x, weight, lora_a, lora_b, magnitude, bias=None, *, scale):
     check.check_shape(OP, "magnitude", magnitude, (weight.shape[0],), "[N]")
     check.check_device(OP, "magnitude", magnitude, x)
     number, gate = scaled_gate(scale, None, lora_a)
-    base_alone = x, weight, lora_a, lora_b, None, gate, None, number, 0.0, None
-    return base_alone, before, magnitude, bias
-
-
-def _factor(args, before, magnitude, scale, backend):
-    """m / ||W0 + scale * B A||."""
-    dispatch.require(OP, backend, REFUSALS, args[0])
-    norms = row_norms(*before, scale)
-    return magnitude.to(norms.dtype) / norms
+    frozen = None if bias is None else bias.detach()
+    unscaled = x, weight, lora_a, lora_b, frozen, gate, None, number, 0.0, None
+    return unscaled, before, magnitude, bias
 
 
 def _run(args, factor: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -116,14 +136,15 @@ def dora_linear(
 ) -> Tensor:
     """y = b + (m / ||W0 + scale * B A||) ⊙ (x W0^T + scale * (x A^T) B^T): DoRA (arXiv 2402.09353).
 
-    m is the magnitude, and the norms are those of the rows of the adapted weight. The products are
-    lora_linear's; B A is never made whole.
+    m is the magnitude, and the norms are those of the rows of the adapted weight; a row of zeros is
+    scaled by 1. The products are lora_linear's; B A is never made whole.
 
     Shapes: x [..., K] of any strides, weight [N, K], lora_a [R, K], lora_b [N, R], magnitude [N],
     bias [N]; returns [..., N].
 
     Dtypes, autocast, scale and backend as in lora_linear. magnitude may have any floating dtype;
-    it, the norms and their quotient are fp32 (fp64 for fp64).
+    it, the norms and their quotient are fp32 (fp64 for fp64), and the norms are rounded to the
+    dtype of a 16-bit magnitude.
 
     Gradients: x, weight, lora_a, lora_b, magnitude, bias, whichever require it; the norms are
     constants in them, as in the paper; once differentiable. Saved for them are what lora_linear
@@ -139,8 +160,10 @@ def dora_linear(
     args, before, magnitude, bias = _prepare(
         x, weight, lora_a, lora_b, magnitude, bias, scale=scale
     )
+    if not torch.compiler.is_compiling():  # there lora_linear asks when it runs
+        dispatch.require(OP, backend, REFUSALS, args[0])
     with without_autocast(args[0]):
-        return _run(args, _factor(args, before, magnitude, scale, backend), bias, backend)
+        return _run(args, column_factor(*before, magnitude, scale), bias, backend)
 
 
 @dispatch.explains(OP)

@@ -5,7 +5,9 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -80,7 +82,7 @@ class AdapterRouting:
                 f"adapter_ids must have the leading shape of x, {list(lead)} or the first of its "
                 f"dimensions, got {list(self.shape)}"
             )
-        if torch.compiler.is_compiling():  # what a trace makes must not outlive it
+        if dispatch.traced(self.ids):  # what a trace makes must not outlive it
             return self._repeated(lead)
         if lead not in self._wide:
             with torch.inference_mode(False):  # what is kept may meet a call with gradients
@@ -102,6 +104,6 @@ class AdapterRouting:
 
 def reads_ids(ids: Tensor) -> bool:
     """Where the ids' values are looked at; on a GPU that would wait for the device."""
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if torch.compiler.is_compiling() or ids.is_meta or isinstance(ids, FakeTensor):
         return False
     return not ids.is_cuda or os.environ.get("FUSED_LORA_DEBUG", "0") == "1"
