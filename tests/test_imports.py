@@ -26,7 +26,9 @@ ALLOWED = {
     "bank": {"ops"},
     "checkpoint": {"files", "inject", "nn", "optim"},
     "integrations": {"nn", "ops", "reference"},
-    "store": {"checkpoint", "inject", "nn", "ops"},
+    "store": {"batch_layout", "checkpoint", "inject", "nn", "open_routes", "ops"},
+    "open_routes": {"ops"},
+    "batch_layout": {"ops"},
     "tune": {"ops", "testing", "triton_kernels"},
     "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},
 }
