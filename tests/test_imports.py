@@ -27,7 +27,9 @@ ALLOWED = {
     "bank": {"ops"},
     "checkpoint": {"files", "inject", "names", "nn", "optim"},
     "integrations": {"nn", "ops", "reference"},
-    "store": {"checkpoint", "inject", "names", "nn", "ops"},
+    "store": {"batch_layout", "checkpoint", "inject", "names", "nn", "open_routes", "ops"},
+    "open_routes": {"ops"},
+    "batch_layout": {"ops"},
     "tune": {"ops", "testing", "triton_kernels"},
     "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},
 }

@@ -547,7 +547,7 @@ BAD = {
     "routed for other slots": (
         {"adapter_ids": lambda t: fl.AdapterRouting(t, 5)},
         ValueError,
-        "routed for 5 slots, the bank has 3",
+        "routed for 5 adapters, the bank has 3",
     ),
     "bank": ({"bank": lambda bank: None}, TypeError, "bank must be an AdapterBank"),
     "bank width": (slot("bt_slots", lambda t: t[..., 1:]), ValueError, "bank.bt_slots must have"),
@@ -660,10 +660,12 @@ def test_a_wide_routing_is_updated_too():
     assert wide.order.tolist() == [3, 4, 5, 0, 1, 2] and wide.offsets.tolist() == [0, 3, 6]
 
 
-@pytest.mark.parametrize("num_slots", [0, -1, 2.0, True])
-def test_routing_of_no_slots(num_slots):
-    with pytest.raises(ValueError, match="num_slots must be an int of at least 1"):
-        fl.AdapterRouting(torch.zeros(3, dtype=torch.int64, device=DEVICE), num_slots)
+@pytest.mark.parametrize("num_adapters", [0, -1, 2.0, True])
+def test_routing_of_no_adapters(num_adapters):
+    ids = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="num_adapters must be an int of at least 1"):
+        fl.AdapterRouting(ids, num_adapters)
+    assert fl.AdapterRouting(ids, num_adapters=2).num_adapters == 2
 
 
 def test_one_routing_serves_layers_of_other_shapes():

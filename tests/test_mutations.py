@@ -874,7 +874,7 @@ FAULTS = {
     ),
     "routing: the wide form keeps the old batch": Fault(
         ROUTING,
-        "wide._copy(self._widened(lead))",
+        "wide._copy(self._spread(lead, times))",
         "pass",
         "test_multi_lora_linear.py::test_a_wide_routing_is_updated_too",
     ),

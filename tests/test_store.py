@@ -296,27 +296,6 @@ def test_changes_while_batches_run():
     assert not wrong
 
 
-def test_routes_are_of_their_thread():
-    model, x = mlp(), torch.randn(2, K, device=DEVICE)
-    store = fl.AdapterStore(model, 2, 8)
-    store.add("a", adapter())
-    base, inside, outside = model(x), threading.Barrier(2), []
-
-    def without():
-        inside.wait()
-        outside.append(model(x))
-        inside.wait()
-
-    thread = threading.Thread(target=without)
-    thread.start()
-    with store.route(["a", "a"]):
-        inside.wait()
-        inside.wait()
-        assert not torch.equal(model(x), base)
-    thread.join()
-    assert torch.equal(outside[0], base)
-
-
 # Beside PEFT, on a transformers Llama.
 
 

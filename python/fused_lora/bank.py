@@ -26,8 +26,8 @@ class AdapterBank:
         y = fl.multi_lora_linear(x, weight, bank, adapter_ids)     # rows with id j speak French
 
     Ranks may differ, up to max_rank; an adapter may have a gate (SoRA). An id stays that of its
-    name until the name is removed; then rows that still carry it get the base output, until add
-    gives the id away again.
+    name until the name is removed; then its slot is wiped, and rows that still carry it get the
+    base output, until add gives the id away again.
 
     add, replace and remove enqueue their writes on the current stream, and take the bank's lock,
     as multi_lora_linear does while it enqueues: they may be called from any thread while batches
@@ -104,16 +104,24 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        return list(self._ids)
+        with self.lock:
+            return list(self._ids)
+
+    @property
+    def free_ids(self) -> list[int]:
+        """The ids that add may take, in the order in which it takes them."""
+        with self.lock:
+            return list(self._free_ids)
 
     def index(self, name: str) -> int:
         """The id of an adapter. Raises ValueError for a name that is not in the bank."""
-        if name not in self._ids:
-            raise ValueError(
-                f"AdapterBank: there is no adapter {name!r}; there are "
-                f"{', '.join(map(repr, self._ids)) or 'none'}"
-            )
-        return self._ids[name]
+        with self.lock:
+            if name not in self._ids:
+                raise ValueError(
+                    f"AdapterBank: there is no adapter {name!r}; there are "
+                    f"{', '.join(map(repr, self._ids)) or 'none'}"
+                )
+            return self._ids[name]
 
     def add(
         self,
@@ -124,18 +132,20 @@ class AdapterBank:
         scale: float,
         gate: Tensor | None = None,
         trainable: bool = False,
+        index: int | None = None,
     ) -> int:
-        """Put an adapter (lora_a [r, K], lora_b [N, r], gate [r]) into a free slot; its id."""
+        """Put an adapter (lora_a [r, K], lora_b [N, r], gate [r]) into a free slot; its id: `index`
+        of free_ids, or the first of them."""
         self.check(lora_a, lora_b, scale, gate)
         with self.lock:
-            index = self._take_id(name)
+            index = self._take_id(name, index)
             self._write(self._places[index], lora_a, lora_b, scale, gate)
             if trainable:
                 views = self._views(self._places[index], lora_a.shape[0], gate is not None)
                 self._trained[index] = views
             return index
 
-    def _take_id(self, name: str) -> int:
+    def _take_id(self, name: str, index: int | None) -> int:
         if name in self._ids:
             raise ValueError(
                 f"AdapterBank: there is an adapter {name!r} already; replace it, or remove it"
@@ -145,7 +155,12 @@ class AdapterBank:
                 f"AdapterBank: all {self.max_adapters} slots are taken; remove an adapter, or "
                 f"make the bank with a larger max_adapters"
             )
-        index = self._ids[name] = self._free_ids.pop(0)
+        if index is None:
+            index = self._free_ids[0]
+        elif index not in self._free_ids:
+            raise ValueError(f"AdapterBank: index {index} is not free; {self._free_ids} are")
+        self._free_ids.remove(index)
+        self._ids[name] = index
         return index
 
     def replace(
@@ -174,8 +189,7 @@ class AdapterBank:
                 self._write(self._places[index], lora_a, lora_b, scale, gate)
                 return index
             self._write(self._spare, lora_a, lora_b, scale, gate)
-            self._flip(index, self._spare)
-            self._places[index], self._spare = self._spare, self._places[index]
+            self._serve_spare(index)
             return index
 
     def clear(self, name: str) -> None:
@@ -184,39 +198,53 @@ class AdapterBank:
             index = self.index(name)
             if index in self._trained:
                 raise ValueError(f"AdapterBank: {name!r} is trainable; remove it")
-            self._wipe(self._places[index])
+            self._wipe(self._spare)
+            self._serve_spare(index)
 
     def remove(self, name: str) -> None:
         """Free the slot of a name, and wipe it; rows that carry its id get the base output from
         here on. The Parameters of a trainable adapter are views of the slot: copy them before."""
         with self.lock:
+            self.free(self.retire(name))
+
+    def retire(self, name: str) -> int:
+        """Take a name away, and leave its adapter to the rows that carry its id, until free."""
+        with self.lock:
             index = self.index(name)
-            self._wipe(self._places[index])
             del self._ids[name]
             self._trained.pop(index, None)
+            return index
+
+    def free(self, index: int) -> None:
+        """Wipe the slot of a retired id, which add may take from here on."""
+        with self.lock:
+            self._wipe(self._places[index])
             self._free_ids.append(index)
 
-    def reserve(self, name: str) -> int:
-        """Give a name an id without an adapter: its rows get the base output, until replace."""
+    def reserve(self, name: str, index: int | None = None) -> int:
+        """Give a name an id (see add) without an adapter: its rows get the base output, until
+        replace."""
         with self.lock:
-            index = self._take_id(name)
-            self.rank[self._places[index]].fill_(0)
+            index = self._take_id(name, index)
+            self._wipe(self._places[index])
             return index
 
     def parameters(self, name: str) -> tuple[Parameter, Parameter, Parameter]:
         """(lora_a [r, K], lora_b [N, r], gate [r]) of a trainable adapter: leaves, and views of its
         slot. The gate of an adapter that was added without one does not require a gradient."""
-        index = self.index(name)
-        if index not in self._trained:
-            raise ValueError(f"AdapterBank: {name!r} was added without trainable=True")
-        return self._trained[index]
+        with self.lock:
+            index = self.index(name)
+            if index not in self._trained:
+                raise ValueError(f"AdapterBank: {name!r} was added without trainable=True")
+            return self._trained[index]
 
     def leaves(self) -> tuple[tuple[tuple[int, int], ...], tuple[Parameter, ...]]:
         """(((slot, rank), ...), their Parameters in threes) of the trainable adapters."""
-        places = tuple(
-            (self._places[index], views[0].shape[0]) for index, views in self._trained.items()
-        )
-        return places, tuple(p for views in self._trained.values() for p in views)
+        with self.lock:
+            places = tuple(
+                (self._places[index], views[0].shape[0]) for index, views in self._trained.items()
+            )
+            return places, tuple(p for views in self._trained.values() for p in views)
 
     def check(self, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None) -> None:
         """Raise what add and replace would raise for this adapter."""
@@ -239,18 +267,24 @@ class AdapterBank:
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """fn of every tensor, as nn.Module.to has it; scale and gate stay fp32. Trainable adapters
-        keep their Parameters. A bank that comes from the meta device, as to_empty takes it, is an
-        empty one there; RuntimeError where it has adapters, which have no values."""
+        keep their Parameters. What to_empty moves is an empty bank; RuntimeError where it has
+        adapters, whose values would be lost, or that came from the meta device and have none."""
         with self.lock, torch.no_grad():
             a_slots = fn(self.a_slots)
+            emptied = "to_empty" in getattr(fn, "__qualname__", "")
             from_meta = self.a_slots.is_meta and not a_slots.is_meta
             if from_meta and self._ids:
                 raise RuntimeError(
                     f"AdapterBank: adapters {self.names} were added on the meta device and have no "
                     f"values; move the bank first, and add them then"
                 )
+            if emptied and self._ids:
+                raise RuntimeError(
+                    f"AdapterBank: to_empty would lose the values of adapters {self.names}; remove "
+                    f"them first, or move the layer by .to"
+                )
             self.a_slots, self.bt_slots = a_slots, fn(self.bt_slots)
-            if from_meta:
+            if from_meta or emptied:
                 self.a_slots.zero_()
                 self.bt_slots.zero_()
                 self._number_slots()
@@ -283,6 +317,11 @@ class AdapterBank:
             return None
         dispatch.require("AdapterBank", "cuda", {"cuda": dispatch.cuda_refuses}, self.a_slots)
         return dispatch.kernels("cuda")
+
+    def _serve_spare(self, index: int) -> None:
+        """Let the spare slot be that of an id, whose slot is the spare one then."""
+        self._flip(index, self._spare)
+        self._places[index], self._spare = self._spare, self._places[index]
 
     def _flip(self, index: int, slot: int) -> None:
         if (kernels := self._kernels()) is not None:

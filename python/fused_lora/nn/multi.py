@@ -1,7 +1,5 @@
 """A linear layer with many adapters, each row of its input with its own."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +16,9 @@ class MultiLoRALinear(torch.nn.Linear):
 
     A drop-in replacement of nn.Linear: weight and bias keep their names and are frozen. The
     adapters are in `bank`, an AdapterBank; they follow the layer to another device, and are no part
-    of its state_dict. forward takes the ids of x's rows, or of its first dimensions; without ids it
-    takes those of the AdapterStore that the layer belongs to (store.route), and where there are
-    none it is the base layer.
+    of its state_dict. forward takes the ids of x's rows, or of its first dimensions: they say what
+    x's dimensions are. Without ids it takes those of the AdapterStore that the layer belongs to
+    (store.route), and where there are none it is the base layer.
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
@@ -91,11 +89,19 @@ class MultiLoRALinear(torch.nn.Linear):
             dtype=adapter_dtype or self.weight.dtype,
             device=self.weight.device,
         )
-        # What an AdapterStore sets: the routing of the batch that is under way, or None.
-        self.current_routing: Callable[[], AdapterRouting | None] = _no_routing
+        self.store = None  # the AdapterStore that the layer belongs to, and its name there
+        self.name_in_store = ""
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias of a layer that is made anew; one that has a bank keeps them."""
+        if not hasattr(self, "bank"):
+            super().reset_parameters()
 
     def forward(self, input: Tensor, adapter_ids: Tensor | AdapterRouting | None = None) -> Tensor:
-        ids = self.current_routing() if adapter_ids is None else adapter_ids
+        ids = adapter_ids
+        if ids is None and self.store is not None:
+            refuse_in_graph()
+            ids = self.store.routing_of(self.name_in_store, input.shape[:-1])
         if ids is None:
             return F.linear(input, self.weight, self.bias)
         return multi_lora_linear(
@@ -119,5 +125,15 @@ class MultiLoRALinear(torch.nn.Linear):
         return super()._apply(fn, recurse)
 
 
-def _no_routing() -> None:
-    return None
+def refuse_in_graph() -> None:
+    """Break the graph that is being traced, or refuse where it must be whole."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(f"MultiLoRALinear: {_NO_GRAPH}")
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=_NO_GRAPH)
+
+
+_NO_GRAPH = (
+    "a layer of an AdapterStore looks up the route of its thread, which no graph can hold: compile "
+    "without fullgraph, or give the layer adapter_ids"
+)

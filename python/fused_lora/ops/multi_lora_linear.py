@@ -632,9 +632,10 @@ def _route_of(op: str, adapter_ids, slots: Slots, x: Tensor) -> Route:
         check.check_tensor(op, "adapter_ids", adapter_ids, (torch.int32, torch.int64))
         check.check_device(op, "adapter_ids", adapter_ids, x)
         adapter_ids = AdapterRouting(adapter_ids, G)
-    if adapter_ids.num_slots != G:
+    if adapter_ids.num_adapters != G:
         raise ValueError(
-            f"{op}: adapter_ids was routed for {adapter_ids.num_slots} slots, the bank has {G}"
+            f"{op}: adapter_ids was routed for {adapter_ids.num_adapters} adapters, the bank has "
+            f"{G}"
         )
     routing = adapter_ids.rows_of(x)
     check.check_device(op, "adapter_ids", routing.ids, x)
@@ -723,10 +724,10 @@ def _locked(bank):
 
 def _run(x, weight, bias, slots, route, seed, dropout_p, backend, bank) -> Tensor:
     if torch.is_grad_enabled():
-        places, leaves = bank.leaves() if hasattr(bank, "leaves") else ((), ())
-        tensors = x, weight, bias, *slots, *leaves
-        if any(t is not None and t.requires_grad for t in tensors):
-            with _locked(bank):
+        with _locked(bank):  # the leaves are those of the adapters that the product reads
+            places, leaves = bank.leaves() if hasattr(bank, "leaves") else ((), ())
+            tensors = x, weight, bias, *slots, *leaves
+            if any(t is not None and t.requires_grad for t in tensors):
                 return MultiLoRALinearFunction.apply(
                     x, weight, bias, *slots, *route, seed, dropout_p, backend, places, *leaves
                 )
