@@ -138,11 +138,12 @@ def test_a_removed_name_gives_the_base(x, weight):
 
 @pytest.mark.parametrize("taken", ["clear", "remove"])
 @backends
-def test_nothing_is_left_in_a_slot(backend, taken):
+def test_nothing_is_left_in_the_slot_of_an_id(backend, taken):
     bank, new = bank_of(), bank_of()
-    slot = bank.add("french", *(t.fill_(float("nan")) for t in adapter(4)[:2]), scale=2.0,
-                    gate=torch.full((4,), float("inf"), device=DEVICE))  # fmt: skip
+    index = bank.add("french", *(t.fill_(float("nan")) for t in adapter(4)[:2]), scale=2.0,
+                     gate=torch.full((4,), float("inf"), device=DEVICE))  # fmt: skip
     getattr(bank, taken)("french")
+    slot = int(bank.table[index])
     for name in ("a_slots", "bt_slots", "rank", "scale", "gate"):
         assert torch.equal(getattr(bank, name)[slot], getattr(new, name)[slot]), name
 
