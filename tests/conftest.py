@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import emulated
 import pytest
 import torch
+from seeds import SEED
 
 DEVICE = os.environ.get("FUSED_LORA_TEST_DEVICE") or (
     "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,19 +28,6 @@ if DEVICE == "cpu":
 
 # "full" repeats what the quick run says at more sizes, faults and compiled forms.
 EXTENT = os.environ.get("FUSED_LORA_EXTENT", "default")
-
-# Another seed draws other numbers in every random case; 0 draws the same ones always.
-SEED = int(os.environ.get("FUSED_LORA_TEST_SEED", "0"))
-if SEED:
-    APART = 1_000_003 * SEED
-    set_seed = torch.manual_seed
-    torch.manual_seed = lambda seed: set_seed(seed + APART)
-
-    class Generator(torch.Generator):
-        def manual_seed(self, seed):
-            return super().manual_seed(seed + APART)
-
-    torch.Generator = Generator
 
 # What computes on the CPU with torch's own kernels, whose sums depend on the instruction set.
 NUMERIC = {

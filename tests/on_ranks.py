@@ -9,6 +9,7 @@ import copy
 import re
 from pathlib import Path
 
+import seeds  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

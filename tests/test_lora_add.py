@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import fused_lora as fl
 from fused_lora.ops import dispatch
-from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
+from fused_lora.testing import assert_accurate, guarded, saved_bytes
 
 NAMES = ("base_out", "x", "lora_a", "lora_b", "gate")
 
@@ -213,11 +213,16 @@ def test_bitwise_repeatable_and_inputs_untouched(backend):
 @backends
 def test_scale_tensor(backend):
     tensors, dy = leaves(make()), guarded((5, 9), device=DEVICE)
-    scale, found = torch.tensor(SCALE, device=DEVICE, requires_grad=True), []
-    for fn in (functools.partial(fl.lora_add, backend=backend), fl.reference.lora_add):
-        y = call(fn, tensors, scale=scale)
-        found.append([y, *torch.autograd.grad(y, (scale, *tensors), dy)])
-    torch.testing.assert_close(*found)
+    scale = torch.tensor(SCALE, device=DEVICE, requires_grad=True)
+
+    def run_with(fn, scale, *inputs):
+        y = call(fn, inputs[:5], scale=scale)
+        return [y, *torch.autograd.grad(y, (scale, *inputs[:5]), inputs[5])]
+
+    inputs = scale, *tensors, dy
+    ours = run_with(functools.partial(fl.lora_add, backend=backend), *inputs)
+    plain = functools.partial(run_with, fl.reference.lora_add)
+    assert_accurate(("y", "scale", *NAMES), ours, plain, inputs)
 
 
 def test_saved_bytes():
@@ -274,10 +279,10 @@ def test_autocast(backend, base_dtype):
         ours = run(fl.lora_add, tensors, dy, backend=backend)
     assert [t.dtype for t in ours] == [torch.float16, *(t.dtype for t in tensors)]
     cast = leaves(t.half() if t.ndim > 1 else t for t in tensors)
-    truth = run(fl.reference.lora_add, converted(cast, torch.Tensor.double), dy.double())
-    eps = torch.finfo(torch.float16).eps
-    for name, u, v in zip(("y", *NAMES), ours, truth, strict=True):
-        assert (u.double() - v).norm() <= 2 * eps * v.norm(), name
+    rounded = [t.to(like.dtype) for t, like in zip(ours, (dy, *cast), strict=True)]
+    assert_accurate(
+        ("y", *NAMES), rounded, lambda *t: run(fl.reference.lora_add, t[:5], t[5]), (*cast, dy)
+    )
 
 
 def test_meta_tensors_go_through_the_fake():

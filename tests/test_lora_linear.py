@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_lora as fl
 from fused_lora import _extension
-from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
+from fused_lora.testing import assert_accurate, assert_near, converted, guarded, saved_bytes
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias", "gate")
 SCALE = 1.3
@@ -178,7 +178,7 @@ def test_only_the_gradients_asked_for(backend, needs, monkeypatch):
     for name, got, want in zip(
         ("y", *itertools.compress(NAMES, needs)), some, expected, strict=True
     ):
-        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+        assert_near(name, got, want)
     x, weight, a, b, bias, gate = tensors
     h = torch.randn(5, 3, device=DEVICE)
     seed = torch.tensor([5], device=DEVICE)
@@ -318,13 +318,19 @@ def test_scale_tensor(backend):
     dy = guarded((5, 9), device=DEVICE)
     scale = torch.tensor(SCALE, device=DEVICE, requires_grad=True)
     x, weight, a, b, bias, gate = tensors
-    for g in (gate, None):
-        call = functools.partial(fl.lora_linear, x, weight, a, b, bias, gate=g, backend=backend)
-        ref = functools.partial(fl.reference.lora_linear, x, weight, a, b, bias, gate=g)
-        torch.testing.assert_close(call(scale=scale), call(scale=SCALE))
-        ours = torch.autograd.grad(call(scale=scale), (scale, a, b), dy)
-        want = torch.autograd.grad(ref(scale=scale), (scale, a, b), dy)
-        torch.testing.assert_close(ours, want)
+
+    def run_with(fn, scale, x, weight, a, b, bias, dy, gate=None):
+        y = fn(x, weight, a, b, bias, gate=gate, scale=scale)
+        return [y, *torch.autograd.grad(y, (scale, a, b), dy)]
+
+    for gates in ((gate,), ()):
+        inputs = scale, x, weight, a, b, bias, dy, *gates
+        fn = functools.partial(fl.lora_linear, backend=backend)
+        ours = run_with(fn, *inputs)
+        same = fn(x, weight, a, b, bias, gate=next(iter(gates), None), scale=SCALE)
+        assert_near("y", ours[0], same)
+        plain = functools.partial(run_with, fl.reference.lora_linear)
+        assert_accurate(("y", "scale", "a", "b"), ours, plain, inputs)
 
 
 def test_saved_bytes():
@@ -479,10 +485,10 @@ def test_autocast(backend, x_dtype, adapter_dtype, autocast_dtype):
         ours = run(fl.lora_linear, tensors, dy, backend=backend)
     assert [g.dtype for g in ours[1:]] == list(as_dtype)
     cast = converted(tensors, lambda t: t.to(autocast_dtype) if t.shape != (8,) else t)
-    truth = run(fl.reference.lora_linear, converted(cast, torch.Tensor.double), dy.double())
-    eps = torch.finfo(autocast_dtype).eps
-    for name, u, v in zip(("y", *NAMES), ours, truth, strict=True):
-        assert (u.double() - v).norm() <= 2 * eps * v.norm(), name
+    rounded = [t.to(like.dtype) for t, like in zip(ours, (dy, *cast), strict=True)]
+    assert_accurate(
+        ("y", *NAMES), rounded, lambda *t: run(fl.reference.lora_linear, t[:6], t[6]), (*cast, dy)
+    )
 
 
 def test_autocast_leaves_float64_alone():

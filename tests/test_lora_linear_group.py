@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_lora as fl
 from fused_lora.ops import dispatch
-from fused_lora.testing import assert_accurate, converted, guarded, saved_bytes
+from fused_lora.testing import assert_accurate, assert_near, guarded, saved_bytes
 
 KINDS = "weight", "lora_a", "lora_b", "bias", "gate"
 SCALES = (1.3, 0.7, 1.3, 2.0, 0.5, 1.0, 0.25, 3.0, 1.5)
@@ -203,7 +203,7 @@ def test_only_the_gradients_asked_for(backend, case, p):
     pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if y.requires_grad]
     got = torch.autograd.grad([y for y, _ in pairs], wanted(some), [dy for _, dy in pairs])
     for name, grad in zip(names(some), got, strict=True):
-        torch.testing.assert_close(grad, want[name], msg=lambda m, name=name: f"{name}: {m}")
+        assert_near(name, grad, want[name])
 
     x, weights, lora_as, lora_bs, gates = (
         tensors[0],
@@ -241,7 +241,7 @@ def test_outputs_that_nothing_came_from(backend, used):
     ):
         assert (got is None) == (wish is None), name
         if got is not None:
-            torch.testing.assert_close(got, wish, msg=lambda m, name=name: f"{name}: {m}")
+            assert_near(name, got, wish)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -284,7 +284,8 @@ def test_the_same_as_one_by_one(backend):
     )
     alone = zip(weights, lora_as, lora_bs, biases, SCALES, strict=False)
     want = [fl.lora_linear(x, *own, scale=scale, **options) for *own, scale in alone]
-    torch.testing.assert_close(ours, want)
+    for i, (y, alone) in enumerate(zip(ours, want, strict=True)):
+        assert_near(f"y {i}", y, alone)
 
 
 @backends
@@ -355,15 +356,19 @@ def test_scale_tensors(backend):
     tensors = leaves(make())
     scales = [torch.tensor(s, device=DEVICE, requires_grad=True) for s in (1.3, 9.0, 0.4)]
     dys = incoming(tensors)
-    found = []
-    for fn in (
-        functools.partial(fl.lora_linear_group, backend=backend),
-        fl.reference.lora_linear_group,
-    ):
+
+    def run_with(fn, *inputs):
+        scales, tensors, dys = inputs[:3], inputs[3:-3], inputs[-3:]
         ys = call(fn, tensors, scales=scales)
-        inputs = scales[0], scales[2], *wanted(tensors)
-        found.append([*ys, *torch.autograd.grad(ys, inputs, dys)])
-    torch.testing.assert_close(*found)
+        asked = scales[0], scales[2], *wanted(tensors)
+        return [*ys, *torch.autograd.grad(ys, asked, dys)]
+
+    inputs = *scales, *tensors, *dys
+    ours = run_with(functools.partial(fl.lora_linear_group, backend=backend), *inputs)
+    labels = "y 0", "y 1", "y 2", "scale 0", "scale 2", *names(tensors)
+    assert_accurate(
+        labels, ours, functools.partial(run_with, fl.reference.lora_linear_group), inputs
+    )
 
 
 def test_seed():
@@ -476,11 +481,14 @@ def test_autocast(backend, x_dtype):
     assert {y.dtype for y in ours[:3]} == {plain.dtype} == {torch.float16}
     assert [g.dtype for g in ours[3:]] == [t.dtype for t in wanted(tensors)]
     cast = [t if t is None or t.shape == (3,) else t.to(torch.float16) for t in tensors]
-    cast = converted(leaves(cast), torch.Tensor.double)
-    truth = run(fl.reference.lora_linear_group, cast, [dy.double() for dy in dys])
-    eps = torch.finfo(torch.float16).eps
-    for name, u, v in zip(("y 0", "y 1", "y 2", *names(tensors)), ours, truth, strict=True):
-        assert (u.double() - v).norm() <= 2 * eps * v.norm(), name
+    cast = leaves(cast)
+    rounded = [t.to(like.dtype) for t, like in zip(ours, (*dys, *wanted(cast)), strict=True)]
+    assert_accurate(
+        ("y 0", "y 1", "y 2", *names(tensors)),
+        rounded,
+        lambda *t: run(fl.reference.lora_linear_group, t[:-3], t[-3:]),
+        (*cast, *dys),
+    )
 
 
 def test_meta_tensors_go_through_the_fake():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from seeds import set_fixed_seed
 from torch.nn import Linear
 
 import fused_lora as fl
@@ -223,7 +224,7 @@ def test_pruning_and_merging_give_the_same_weight():
 
 def test_training_goes_on_between_phases():
     """Gates that are kept are trained on, the new Parameters by a new optimizer."""
-    torch.manual_seed(0)
+    set_fixed_seed(0)
     base = Linear(16, 12, device=DEVICE)
     delta = torch.randn(12, 2, device=DEVICE) @ torch.randn(2, 16, device=DEVICE) / 4
     x = torch.randn(256, 16, device=DEVICE)

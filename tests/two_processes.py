@@ -5,6 +5,7 @@ A module of its own, which a new process imports without the tests.
 
 import contextlib
 
+import seeds  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -97,6 +97,17 @@ def assert_accurate(
     Truth(fn, inputs).check(names, ours)
 
 
+def assert_near(name: str, ours: Tensor, theirs: Tensor) -> None:
+    """Hold two ways to the same numbers to each other: 64 ulps of all of them, in the Frobenius
+    norm, since a single sum may cancel."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
+        f"{name}: {tuple(ours.shape)}, {ours.dtype}; want {tuple(theirs.shape)}, {theirs.dtype}"
+    )
+    (apart, _), (size, _) = norms(ours.double() - theirs.double()), norms(theirs)
+    bound = 64 * torch.finfo(theirs.dtype).eps * size
+    assert apart <= bound, f"{name}: apart by {apart:.2e}, above {bound:.2e}"
+
+
 @torch.no_grad()
 def nudge_(tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Move every number by about an ulp of dtype, at random.
