@@ -664,9 +664,13 @@ def multi_lora_linear(
     or int64, of x's leading shape or of its first dimensions (one id for a sequence), or an
     AdapterRouting of them, which the layers of a model share. bank is an AdapterBank, or anything
     with a_slots [G, R, K], bt_slots [G, R, N] (B transposed), rank int32 [G], scale fp32 [G] and
-    gate fp32 [G, R], and, where ids are not slots, table int32, the slot of each id. Rank rows of a
-    slot past its rank are no part of the result; they must be finite (an AdapterBank keeps them at
-    zero). A slot of rank 0 gives the base.
+    gate fp32 [G, R], and, where ids are not slots, table int32, the slot of each id, a different one
+    of each where its gradients are wanted. Rank rows of a slot past its rank are no part of the
+    result. A slot of rank 0 gives the base.
+
+    NaN and infinities of one adapter, in its numbers or in its rows of x and of the gradient of y,
+    stay in its rows and its gradients: all others are the same, bit for bit. An element of B or A
+    that is not finite makes NaN of whole rows of its adapter, or of parts of them.
 
     Dtypes and autocast as in lora_linear; slots in x's dtype or fp32 masters of it. Dropout, seed
     and backend as there: row i has the mask it would have in lora_linear.
@@ -759,7 +763,7 @@ def multi_lora_add_(
     adapter_ids as in multi_lora_linear. No gradients: an inference op.
 
     Raises TypeError, ValueError, IndexError and RuntimeError as multi_lora_linear does, and
-    RuntimeError where y or x requires a gradient.
+    RuntimeError where y or x requires a gradient, or elements of y share memory (an expanded y).
     """
     op = "multi_lora_add_"
     backend = dispatch.choose(backend)
@@ -804,8 +808,10 @@ def multi_lora_add_(
     with torch.no_grad(), contextlib.ExitStack() as locks:
         for one in banks:
             locks.enter_context(_locked(one))
-        add = torch.ops.fused_lora.multi_lora_add_
-        add(y, x, [t for own in slots for t in own], *route, list(out_offsets), backend)
+        add, out = torch.ops.fused_lora.multi_lora_add_, y.resolve_neg()
+        add(out, x, [t for own in slots for t in own], *route, list(out_offsets), backend)
+        if out is not y:  # torch resolves the bit itself, but not of what an op writes
+            y.copy_(out)
     return y
 
 
