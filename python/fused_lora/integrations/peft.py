@@ -596,7 +596,7 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
         from peft.tuners.lora.layer import LoraLayer
     except ImportError:
         raise ModuleNotFoundError("accelerate needs peft (pip install 'fused-lora[hf]')") from None
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = {name: m for name, m in named_modules(model) if isinstance(m, LoraLayer)}
     if not found:
         raise ValueError("model has no LoRA layer of PEFT; use peft.get_peft_model first")
     return found
