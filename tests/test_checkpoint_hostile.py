@@ -88,13 +88,28 @@ def test_words_of_a_file_are_cut():
     assert len(many) < LONGEST
 
 
+PLAIN = ["layers.0.q.lora_A.weight", "layers.0.q.lora_B.weight"]
+MINE = [f"{P}e.lora_embedding_A.mine", f"{P}e.lora_embedding_B.mine"]
+LEFT_OUT = "PEFT's save_pretrained leaves it out"
 FOREIGN = {
-    "none": ({"layers.0.q.lora_A.weight": 1, "layers.0.q.lora_B.weight": 1}, "its keys start with 'layers.'; 'base_model.model.' is wanted"),
-    "no common one": ({"layers.0.q.lora_A.weight": 1, "head.lora_B.weight": 1}, "its keys, such as 'head.lora_B.weight', do not start with 'base_model.model.'"),
-    "of a wrapper": ({f"module.{k}": 1 for k in Q}, "its keys start with 'module.base_model.model.'; 'base_model.model.' is wanted"),
-    "an adapter's name": ({k.replace(".weight", ".default.weight"): 1 for k in Q}, "its keys have the name of an adapter, 'default', after lora_A; PEFT's save_pretrained leaves it out"),
-    "of an embedding": ({f"{P}e.lora_embedding_A.mine": 1, f"{P}e.lora_embedding_B.mine": 1}, "its keys have the name of an adapter, 'mine', after lora_embedding_A; PEFT's save_pretrained leaves it out"),
-}  # fmt: skip
+    "none": (PLAIN, f"its keys start with 'layers.'; '{P}' is wanted"),
+    "no common one": (
+        [PLAIN[0], "head.lora_B.weight"],
+        f"its keys, such as 'head.lora_B.weight', do not start with '{P}'",
+    ),
+    "of a wrapper": (
+        [f"module.{key}" for key in Q],
+        f"its keys start with 'module.{P}'; '{P}' is wanted",
+    ),
+    "an adapter's name": (
+        [key.replace(".weight", ".default.weight") for key in Q],
+        f"its keys have the name of an adapter, 'default', after lora_A; {LEFT_OUT}",
+    ),
+    "of an embedding": (
+        MINE,
+        f"its keys have the name of an adapter, 'mine', after lora_embedding_A; {LEFT_OUT}",
+    ),
+}
 
 
 @pytest.mark.parametrize("keys, words", FOREIGN.values(), ids=FOREIGN)
@@ -276,7 +291,8 @@ def seeds(tmp_path):
     ))  # fmt: skip
     fl.save_adapter(model, tmp_path / "lora")
     for name, options in {"sora": {"gate": True}, "adalora": {"adalora": True}}.items():
-        model = fl.inject(Small(), fl.LoRAConfig(target_modules=["q", "lm_head"], r=2, init_lora_weights=False, **options))  # fmt: skip
+        options |= {"target_modules": ["q", "lm_head"], "r": 2, "init_lora_weights": False}
+        model = fl.inject(Small(), fl.LoRAConfig(**options))
         fl.save_adapter(model, tmp_path / name)
     model = Small()
     model.embed_tokens = fl.nn.LoRAEmbedding.from_embedding(model.embed_tokens, r=2, init=False)

@@ -26,8 +26,8 @@ ALLOWED = {
     "inject": {"files", "names", "nn", "ops"},
     "bank": {"ops"},
     "checkpoint": {"files", "inject", "names", "nn", "optim"},
-    "integrations": {"nn", "ops", "reference"},
-    "store": {"checkpoint", "inject", "names", "nn", "ops"},
+    "integrations": {"names", "nn", "ops", "reference"},
+    "store": {"checkpoint", "files", "inject", "names", "nn", "ops"},
     "tune": {"ops", "testing", "triton_kernels"},
     "cli": {"_extension", "bench", "checkpoint", "ops", "optim", "reference", "testing", "tune"},
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.checkpoint import AdapterWeights, read_adapter
+from fused_lora.files import shown
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
 from fused_lora.names import check_takes_parameters
 from fused_lora.nn import MultiLoRALinear
@@ -91,7 +92,8 @@ class AdapterStore:
         return self._first.index(name)
 
     def load(self, name: str, folder: str | Path, *, pin: bool = False) -> int:
-        """Read an adapter folder (fused_lora.checkpoint.read_adapter) and add it; its id."""
+        """Read an adapter folder (fused_lora.checkpoint.read_adapter) and add it; its id. Base
+        weights that PEFT saves beside an adapted output head must be the model's."""
         return self.add(name, read_adapter(folder, self._model), pin=pin)
 
     def add(self, name: str, adapter: Mapping[str, AdapterWeights], *, pin: bool = False) -> int:
@@ -216,7 +218,7 @@ class AdapterStore:
         unknown = [module for module in adapter if module not in self.layers]
         if unknown:
             raise ValueError(
-                f"AdapterStore: the model has no layer {unknown[0]!r} that takes adapters; "
+                f"AdapterStore: the model has no layer {shown(unknown[0])} that takes adapters; "
                 f"nearest: {nearest(unknown[:1], self.layers)}"
             )
         for module, weights in adapter.items():

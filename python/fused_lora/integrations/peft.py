@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora.integrations.shared_input import observed
+from fused_lora.names import named_modules
 from fused_lora.ops import validation as check
 from fused_lora.ops.dora_linear import dora_linear
 from fused_lora.ops.lora_add import lora_add
