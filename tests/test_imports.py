@@ -26,8 +26,10 @@ ALLOWED = {
     "inject": {"files", "names", "nn", "ops"},
     "bank": {"ops"},
     "checkpoint": {"files", "inject", "names", "nn", "optim"},
-    "integrations": {"nn", "ops", "reference"},
-    "store": {"batch_layout", "checkpoint", "inject", "names", "nn", "open_routes", "ops"},
+    "integrations": {"names", "nn", "ops", "reference"},
+    "store": {
+        "batch_layout", "checkpoint", "files", "inject", "names", "nn", "open_routes", "ops",
+    },
     "open_routes": {"ops"},
     "batch_layout": {"ops"},
     "tune": {"ops", "testing", "triton_kernels"},

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_lora import open_routes
 from fused_lora.batch_layout import Layout, read_call, without_wrappers
 from fused_lora.checkpoint import AdapterWeights, read_adapter
+from fused_lora.files import shown
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
 from fused_lora.names import check_takes_parameters
 from fused_lora.nn import MultiLoRALinear
@@ -166,7 +167,8 @@ class AdapterStore:
     def load(
         self, name: str, folder: str | Path, *, pin: bool = False, timeout: float | None = None
     ) -> int:
-        """Read an adapter folder (fused_lora.checkpoint.read_adapter) and add it; its id."""
+        """Read an adapter folder (fused_lora.checkpoint.read_adapter) and add it; its id. Base
+        weights that PEFT saves beside an adapted output head must be the model's."""
         return self.add(name, read_adapter(folder, self._model), pin=pin, timeout=timeout)
 
     def add(
@@ -539,7 +541,7 @@ class AdapterStore:
         unknown = [module for module in adapter if module not in self.layers]
         if unknown:
             raise ValueError(
-                f"AdapterStore: the model has no layer {unknown[0]!r} that takes adapters; "
+                f"AdapterStore: the model has no layer {shown(unknown[0])} that takes adapters; "
                 f"nearest: {nearest(unknown[:1], self.layers)}"
             )
         for module, weights in adapter.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.integrations.shared_input import observed
+from fused_lora.names import named_modules
 from fused_lora.nn.checks import keep_unpacked_, kind_of, placement
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
@@ -707,7 +708,7 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
         from peft.tuners.lora.layer import LoraLayer
     except ImportError:
         raise ModuleNotFoundError("accelerate needs peft (pip install 'fused-lora[hf]')") from None
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    found = {name: m for name, m in named_modules(model) if isinstance(m, LoraLayer)}
     if not found:
         raise ValueError("model has no LoRA layer of PEFT; use peft.get_peft_model first")
     return found
