@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -159,6 +160,133 @@ def test_replace_leaves_the_old_slot_as_it_was(backend):
     assert int(bank.table[index]) != slot
     assert torch.equal(bank.a_slots[slot, :4], a) and int(bank.rank[slot]) == 4
     assert bank.a_slots.untyped_storage().nbytes() == 4 * RANK * K * 4
+
+
+@backends
+def test_remove_wipes_the_slot(x, weight, backend):
+    """What was in it, NaN and inf, is nowhere; others serve as before."""
+    bank = bank_of()
+    a, b, gate = adapter(4, gated=True)
+    bank.add("kept", *adapter(3, 1)[:2], scale=1.0)
+    for change in (bank.remove, bank.clear):
+        a[0, 0], b[0, 0], gate[0] = float("nan"), float("inf"), float("nan")
+        index = bank.add("broken", a, b, scale=2.0, gate=gate)
+        change("broken")
+        slot = int(bank.table[index])
+        for name, value in (
+            ("a_slots", 0),
+            ("bt_slots", 0),
+            ("gate", 1),
+            ("scale", 0),
+            ("rank", 0),
+        ):
+            assert (getattr(bank, name)[slot] == value).all(), name
+    ids = torch.tensor([0, 1, 0, -1, 1, 0], device=DEVICE)
+    y, base = served(bank, x, weight, ids), served(bank, x, weight, ids * 0 - 1)
+    assert torch.equal(y[[1, 3, 4]], base[[1, 3, 4]])
+
+
+def test_an_id_of_choice():
+    bank = bank_of(3)
+    assert bank.free_ids == [0, 1, 2]
+    assert bank.add("a", *adapter(2)[:2], scale=1.0, index=1) == 1
+    assert bank.reserve("b") == 0 and bank.free_ids == [2]
+    with pytest.raises(ValueError, match=r"index 1 is not free; \[2\] are"):
+        bank.add("c", *adapter(2)[:2], scale=1.0, index=1)
+    assert bank.names == ["a", "b"]
+    assert bank.retire("a") == 1 and bank.names == ["b"] and bank.free_ids == [2]
+    bank.free(1)
+    assert bank.free_ids == [2, 1]
+
+
+def test_names_and_leaves_are_whole_beside_changes():
+    """What is read while another thread adds and removes is of one moment: index, names, and the
+    leaves, which lie in the slots that are named beside them."""
+    bank = bank_of(8)
+    a, b, _ = adapter(2)
+    stop, wrong = threading.Event(), []
+
+    def change():
+        while not stop.is_set():
+            for i in range(8):
+                bank.add(f"adapter {i}", a, b, scale=1.0, trainable=True)
+            for i in range(8):
+                bank.remove(f"adapter {i}")
+
+    def read():
+        try:
+            for _ in range(3000):
+                places, leaves = bank.leaves()
+                assert len(leaves) == 3 * len(places)
+                for (slot, rank), leaf in zip(places, leaves[::3], strict=True):
+                    assert leaf.data_ptr() == bank.a_slots[slot].data_ptr() and rank == 2
+                with pytest.raises(ValueError, match="there is no adapter 'x'"):
+                    bank.index("x")
+                assert len(bank.names) <= 8
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=change), *(threading.Thread(target=read) for _ in range(2))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads[1:]:
+            thread.join()
+    finally:
+        stop.set()
+        threads[0].join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_gradients_reach_the_adapter_that_was_served(x, weight, monkeypatch):
+    """Another takes the slot between the look at the leaves and the product, if it may."""
+    bank = bank_of(1)
+    bank.add("first", *adapter(2)[:2], scale=1.0, trainable=True)
+    first = bank.parameters("first")
+    leaves, changed = bank.leaves, threading.Event()
+
+    def swap():
+        with bank.lock:
+            bank.remove("first")
+            bank.add("second", *adapter(2, 5)[:2], scale=1.0, trainable=True)
+        changed.set()
+
+    def leaves_and_swap():
+        found = leaves()
+        threading.Thread(target=swap).start()
+        changed.wait(0.5)  # the swap waits for the end of the product
+        return found
+
+    monkeypatch.setattr(bank, "leaves", leaves_and_swap)
+    ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    y = served(bank, x, weight, ids)
+    assert changed.wait(60)
+    a, b, _ = adapter(2)
+    want = fl.lora_linear(x, weight, a, b, scale=1.0)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert all(p.grad is None for p in first)
+
+
+def test_to_empty_loses_no_adapter_unseen():
+    bank = bank_of()
+    layer = fl.nn.MultiLoRALinear(K, N, max_adapters=2, max_rank=RANK, device=DEVICE)
+    before = layer.weight.clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, before)  # the base's, which no one draws anew
+    layer.bank.add("a", *adapter(2)[:2], scale=1.0)
+    with pytest.raises(RuntimeError, match=r"to_empty would lose the values of adapters \['a'\]"):
+        layer.to_empty(device=DEVICE)
+    assert torch.equal(layer.weight, before)
+    layer.bank.remove("a")
+    layer.bank.a_slots.fill_(3)
+    layer.to_empty(device=DEVICE)
+    for name in ("a_slots", "bt_slots", "rank", "scale", "gate", "table"):
+        assert torch.equal(getattr(layer.bank, name)[:2], getattr(bank, name)[:2]), name
 
 
 @backends

@@ -1,7 +1,9 @@
 """multi_lora_linear and multi_lora_add_, in every backend, held to the reference in fp64."""
 
 import functools
+import gc
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -658,6 +660,27 @@ def test_a_wide_routing_is_updated_too():
     routing.update(torch.tensor([1, 0], device=DEVICE))
     assert wide.ids.tolist() == [1, 1, 1, 0, 0, 0]
     assert wide.order.tolist() == [3, 4, 5, 0, 1, 2] and wide.offsets.tolist() == [0, 3, 6]
+
+
+def test_a_routing_keeps_the_rows_of_few_shapes():
+    """Of 400 lengths in turn, in two threads, each with its own rows; the same of one shape."""
+    routing = fl.AdapterRouting(torch.tensor([1, -1, 0], device=DEVICE), 2)
+
+    def serve(lengths):
+        for length in lengths:
+            wide = routing.rows_of(torch.empty(3, length, 8, device=DEVICE))
+            assert wide.ids.tolist() == [1] * length + [-1] * length + [0] * length
+            assert wide.offsets.tolist() == [0, length, 2 * length]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(serve, (range(1, 401), range(400, 0, -1))))
+    gc.collect()
+    kept = [r for r in gc.get_objects() if type(r) is fl.AdapterRouting and len(r.shape) == 2]
+    assert len(kept) <= 16
+    routing.update(torch.tensor([0, 0, 1], device=DEVICE))
+    for length in (1, 3, 400):
+        wide = routing.rows_of(torch.empty(3, length, 8, device=DEVICE))
+        assert wide.ids.tolist() == [0] * 2 * length + [1] * length
 
 
 @pytest.mark.parametrize("num_adapters", [0, -1, 2.0, True])

@@ -35,6 +35,9 @@ ADD = "ops/lora_add.py"
 GROUP = "ops/lora_linear_group.py"
 ROUTING = "ops/routing.py"
 BANK = "bank.py"
+STORE = "store.py"
+ROUTES = "open_routes.py"
+LAYOUT = "batch_layout.py"
 CHECKS = "ops/validation.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
@@ -928,8 +931,8 @@ FAULTS = {
     ),
     "routing: the id of a sequence for its first tokens": Fault(
         ROUTING,
-        "return self.ids.repeat_interleave(repeats)",
-        "return self.ids.repeat(repeats)",
+        "return ids.repeat_interleave(repeats)",
+        "return ids.repeat(repeats)",
         "test_multi_lora_linear.py::test_leading_dimensions[sequence-(2, 3)-triton]",
     ),
     "bank: replace writes into the slot that is served": Fault(
@@ -944,11 +947,67 @@ FAULTS = {
         "pass",
         "test_bank.py::test_rank_rows_past_the_rank_are_zero[torch]",
     ),
-    "bank: a removed adapter stays in its slot": Fault(
+    "routing: as many shapes as there are": Fault(
+        ROUTING,
+        "if len(self._wide) - len(self._captured) > KEPT:",
+        "if False:",
+        "test_multi_lora_linear.py::test_a_routing_keeps_the_rows_of_few_shapes",
+    ),
+    "bank: the slot of a removed adapter keeps it": Fault(
         BANK,
-        "for t in (self.rank, self.scale, self.a_slots, self.bt_slots):",
-        "for t in (self.rank, self.scale):",
-        "test_bank.py::test_nothing_is_left_in_a_slot[torch-remove]",
+        "            self._wipe(self._places[index])\n            self._free_ids",
+        "            self.rank[self._places[index]].fill_(0)\n            self._free_ids",
+        "test_bank.py::test_remove_wipes_the_slot",
+    ),
+    "store: an adapter in use gives way": Fault(
+        STORE,
+        "if not self._in_use[self.index(n)]), None)",
+        "if True), None)",
+        "test_open_routes.py::test_a_slot_in_use_is_not_given_away",
+    ),
+    "store: a retired slot is free at once": Fault(
+        STORE,
+        "if not self._in_use[index]:\n                self._retired.remove",
+        "if True:\n                self._retired.remove",
+        "test_open_routes.py::test_a_removed_name_serves_its_routes_to_their_end[names]",
+    ),
+    "store: replace in use writes over it": Fault(
+        STORE,
+        "if not self._in_use[old]:",
+        "if True:",
+        "test_open_routes.py::test_replace_leaves_open_routes_what_they_began_with",
+    ),
+    "store: a thread without a route gets the base": Fault(
+        STORE,
+        "        if self._open:",
+        "        if False:",
+        "test_open_routes.py::test_routes_are_of_their_thread",
+    ),
+    "routes: a recomputation sees the route of its backward": Fault(
+        ROUTES,
+        "        with kept.open():\n            return fn(*args, **kwargs)\n\n    return run",
+        "        return fn(*args, **kwargs)\n\n    return run",
+        "test_open_routes.py::test_a_checkpoint_keeps_its_adapters_in_use[True]",
+        "test_open_routes.py::test_a_recomputation_sees_the_route_of_its_forward"
+        "[routed0-reentrant-after it]",
+    ),
+    "routes: a generator's route is that of its consumer": Fault(
+        ROUTES,
+        "if not self.in_generator:",
+        "if True:",
+        "test_open_routes.py::test_a_generator_keeps_its_route_to_itself",
+    ),
+    "layout: sizes that coincide are proof": Fault(
+        LAYOUT,
+        "if lead[1] == batch and not self.batch_first and not learnt:",
+        "if False:",
+        "test_batch_layout.py::test_length_first_is_no_batch_first",
+    ),
+    "layout: as many rows as sequences are the sequences": Fault(
+        LAYOUT,
+        "        if not self.of_transformers or made.media:",
+        "        if made.media:",
+        "test_batch_layout.py::test_rows_that_are_not_known_are_an_error[1-expert-0]",
     ),
     # DoRA.
     "dora: the factor on the bias as well": Fault(

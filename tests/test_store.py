@@ -296,6 +296,71 @@ def test_changes_while_batches_run():
     assert not wrong
 
 
+def compiled_and_eager(model, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", **options), model
+
+
+def test_a_served_model_compiles_with_a_break_at_each_layer():
+    model = mlp()
+    store, x = fl.AdapterStore(model, 2, 8), torch.randn(3, K, device=DEVICE)
+    for name in "ab":
+        store.add(name, adapter())
+    compiled, _ = compiled_and_eager(model)
+    for names in (["a", None, "b"], ["b", "b", "a"], ["a"] * 3, None):
+        with store.route(names):
+            assert torch.equal(compiled(x), model(x))
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("routed", [["a", None, "a"], None], ids=str)
+def test_what_must_be_one_graph_is_refused(routed):
+    model = mlp()
+    store, x = fl.AdapterStore(model, 2, 8), torch.randn(3, K, device=DEVICE)
+    store.add("a", adapter())
+    whole, _ = compiled_and_eager(model, fullgraph=True)
+    words = "compile without fullgraph, or give the layer adapter_ids"
+    with store.route(routed):
+        with pytest.raises(Exception, match=words):
+            whole(x)
+        for strict in (False, True):
+            with pytest.raises(Exception, match=words):
+                torch.export.export(model, (x,), strict=strict)
+    layer, ids = store.layers["0"], torch.tensor([0, -1, 0], device=DEVICE)
+    whole, _ = compiled_and_eager(layer, fullgraph=True)
+    assert torch.equal(whole(x, ids), layer(x, ids))
+
+
+def test_layers_of_compiled_blocks_have_their_own_names():
+    model = torch.nn.ModuleDict({"block": torch.nn.Sequential(torch.nn.Linear(K, N))}).to(DEVICE)
+    model["block"] = torch.compile(model["block"], backend="eager")
+    store = fl.AdapterStore(model, 2, 8)
+    assert list(store.layers) == ["block.0"]
+    store.add("a", {"block.0": weights()})
+    x = torch.randn(2, K, device=DEVICE)
+    with store.route(["a", None]):
+        y = model["block"](x)
+    want = model["block"](x)
+    assert torch.equal(y[1], want[1]) and not torch.equal(y[0], want[0])
+
+
+def test_inputs_that_are_changed_in_place_in_inference_mode():
+    model = mlp()
+    store, x = fl.AdapterStore(model, 2, 8), torch.randn(2, 3, K, device=DEVICE)
+    for name in "ab":
+        store.add(name, adapter())
+    with store.route(["a", "b"]):
+        with torch.inference_mode():
+            mine = x.clone()
+            first = model(mine)
+            mine.mul_(2)
+            second = model(mine)
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)  # what was kept in inference mode is good for a gradient
+        y.sum().backward()
+        assert torch.equal(first, y.detach()) and torch.equal(second, model(2 * x))
+
+
 # Beside PEFT, on a transformers Llama.
 
 

@@ -240,11 +240,16 @@ class AdapterBank:
 
     def leaves(self) -> tuple[tuple[tuple[int, int], ...], tuple[Parameter, ...]]:
         """(((slot, rank), ...), their Parameters in threes) of the trainable adapters."""
+        if torch.compiler.is_compiling():  # a graph has no locks
+            return self._leaves()
         with self.lock:
-            places = tuple(
-                (self._places[index], views[0].shape[0]) for index, views in self._trained.items()
-            )
-            return places, tuple(p for views in self._trained.values() for p in views)
+            return self._leaves()
+
+    def _leaves(self):
+        places = tuple(
+            (self._places[index], views[0].shape[0]) for index, views in self._trained.items()
+        )
+        return places, tuple(p for views in self._trained.values() for p in views)
 
     def check(self, lora_a: Tensor, lora_b: Tensor, scale: float, gate: Tensor | None) -> None:
         """Raise what add and replace would raise for this adapter."""

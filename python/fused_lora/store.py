@@ -254,12 +254,6 @@ class AdapterStore:
 
     def ids(self, names: Sequence[str | None]) -> Tensor:
         """int64 [len(names)] on the model's device; None is -1, the base."""
-        return self._tensor(self._indices(names))
-
-    def _tensor(self, ids: int | list[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._first.table.device)
-
-    def _indices(self, names: Sequence[str | None]) -> list[int]:
         if isinstance(names, str):
             raise TypeError(f"AdapterStore: names must be a list, got the str {names!r}")
         with self.lock:
@@ -267,7 +261,10 @@ class AdapterStore:
             for name in names:
                 if name is not None:
                     self._used.move_to_end(name)
-        return found
+        return self._tensor(found)
+
+    def _tensor(self, ids: int | list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self._first.table.device)
 
     # Routes.
 
@@ -312,16 +309,19 @@ class AdapterStore:
         if uses is not None and (by_name or adapters is None):
             raise TypeError("AdapterStore: uses is for ids or an AdapterRouting, not for names")
         with self._changing():
-            routing, known = None, set()  # the ids that the host knows; None: it does not
+            routing: AdapterRouting | None = None
+            known: set[int] | None = set()  # the ids that the host knows; None: it does not
             if isinstance(adapters, AdapterRouting):
                 routing, known = adapters, None
             elif adapters is not None:
-                ids = self._indices(adapters) if by_name else adapters
-                routing = AdapterRouting(self._tensor(ids) if by_name else ids, self.max_adapters)
-                on_host = routing.ids.tolist() if not by_name and ids.is_cpu else ids
-                known = set(on_host) if isinstance(on_host, list) else None
+                ids = self.ids(adapters) if by_name else adapters
+                routing = AdapterRouting(ids, self.max_adapters)
+                if by_name:
+                    known = {-1 if name is None else self.index(name) for name in adapters}
+                else:
+                    known = set(routing.ids.tolist()) if ids.is_cpu else None
             if uses is not None:
-                used = frozenset(self._indices(uses))
+                used = frozenset(map(self.index, uses))
             elif known is None:
                 used = frozenset(range(self.max_adapters))
             else:
@@ -556,7 +556,8 @@ class _Repeats:
     repeats each sequence."""
 
     def __init__(self, store: AdapterStore, model: torch.nn.Module) -> None:
-        self.store, self.expand = store, model._expand_inputs_for_generation
+        self.store = store
+        self.expand: Callable = model._expand_inputs_for_generation  # type: ignore[assignment]
 
     def __call__(self, expand_size: int = 1, *args, **kwargs):
         opened = open_routes.find(self.store)

@@ -1,5 +1,7 @@
 """A linear layer with many adapters, each row of its input with its own."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,7 +91,7 @@ class MultiLoRALinear(torch.nn.Linear):
             dtype=adapter_dtype or self.weight.dtype,
             device=self.weight.device,
         )
-        self.store = None  # the AdapterStore that the layer belongs to, and its name there
+        self.store: Any = None  # the AdapterStore that the layer belongs to, and its name there
         self.name_in_store = ""
 
     def reset_parameters(self) -> None:
