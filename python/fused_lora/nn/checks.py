@@ -1,6 +1,5 @@
 """Checks of what modules and their configurations are made from."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +18,8 @@ def check_rank(name: str, r) -> None:
 def check_number(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not -check.LARGEST <= value <= check.LARGEST:
+        raise ValueError(f"{name} must be finite in fp32, got {value}")
 
 
 def check_probability(name: str, p) -> None:
@@ -53,6 +52,27 @@ def is_quantised(module: torch.nn.Module) -> bool:
     return kind_of(module) in _QUANTISED or (
         type(module) is torch.nn.Linear and type(weight).__module__.split(".")[0] == "torchao"
     )
+
+
+# What PEFT's layers and models are, which need not be there.
+_PEFT_KINDS = {
+    "peft.tuners.tuners_utils.BaseTunerLayer",
+    "peft.utils.other.AuxiliaryTrainingWrapper",
+    "peft.peft_model.PeftModel",
+}
+
+
+def check_no_peft(what: str, model: torch.nn.Module) -> None:
+    """Raise TypeError where PEFT has put adapters into a model: to adapt or freeze what is in them
+    would undo them."""
+    for name, module in model.named_modules():
+        bases = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+        if not _PEFT_KINDS.isdisjoint(bases):
+            where = f"{name!r} in it" if name else "it"
+            raise TypeError(
+                f"{what} has adapters of PEFT: {where} is a {kind_of(module)}; use "
+                f"fl.accelerate(peft_model), or give the base model, peft_model.unload()"
+            )
 
 
 def placement(module: torch.nn.Module):

@@ -105,6 +105,21 @@ def watched(x: torch.Tensor) -> bool:
     )
 
 
+def transformed() -> bool:
+    """True within torch.func's grad, vmap and jacrev, which see through no autograd Function that
+    keeps what its forward made."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def check_transformed(op: str, backend: str) -> None:
+    """Raise NotImplementedError for a kernel within torch.func, where only plain PyTorch runs."""
+    if backend != "torch":
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} has no transforms of torch.func (grad, vmap, jacrev); "
+            f"backend='torch' has"
+        )
+
+
 def never_refuses(x: torch.Tensor) -> str | None:
     return None
 
@@ -150,7 +165,7 @@ def backends() -> dict[str, str | None]:
     if torch.cuda.is_available():
         reasons["triton"] = triton_refuses(torch.empty(0, device="cuda"))
     else:
-        reasons["triton"] = triton_refuses(torch.empty(0))
+        reasons["triton"] = triton_refuses(torch.empty(0, device="cpu"))
     reasons["cuda"] = _extension.why_missing()
     if reasons["cuda"] is None and not (torch.cuda.is_available() or _extension.emulates()):
         reasons["cuda"] = "torch sees no CUDA device"

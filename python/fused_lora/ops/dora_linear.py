@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch, lora_linear
 from fused_lora.ops import validation as check
 from fused_lora.ops.dept_embedding import without_autocast
@@ -83,7 +84,7 @@ def _prepare(x, weight, lora_a, lora_b, magnitude, bias=None, *, scale):
     check.check_tensor(OP, "magnitude", magnitude)
     check.check_shape(OP, "magnitude", magnitude, (weight.shape[0],), "[N]")
     check.check_device(OP, "magnitude", magnitude, x)
-    number, gate = scaled_gate(scale, None, lora_a)
+    number, gate = scaled_gate(scale, None, lora_a, x)
     base_alone = x, weight, lora_a, lora_b, None, gate, None, number, 0.0, None
     return base_alone, before, magnitude, bias
 
@@ -140,6 +141,9 @@ def dora_linear(
         x, weight, lora_a, lora_b, magnitude, bias, scale=scale
     )
     with without_autocast(args[0]):
+        if dispatch.transformed():
+            dispatch.check_transformed(OP, backend)
+            return reference.dora_linear(*args[:4], magnitude, bias, scale=scale)
         return _run(args, _factor(args, before, magnitude, scale, backend), bias, backend)
 
 
