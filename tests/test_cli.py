@@ -37,7 +37,7 @@ def test_doctor_prints_every_fact(capsys):
     printed = capsys.readouterr().out
     assert f"torch           {torch.__version__}\n" in printed
     assert f"default backend: {next(iter(fl.backends()))}" in printed
-    for op in cli.OPS:
+    for op in public_ops():
         assert f"\n{op}\n" in printed
 
 
@@ -51,19 +51,46 @@ def test_doctor_needs_neither_triton_nor_a_built_extension():
     assert "triton" in found.stdout
 
 
+def public_ops() -> set[str]:
+    """The functions of fused_lora and fused_lora.optim that compute something of tensors."""
+    found = {name: getattr(of, name) for of in (fl, fl.optim) for name in of.__all__}
+    modules = {name: getattr(one, "__module__", "") for name, one in found.items()}
+    elsewhere = "fused_lora.ops.dispatch", "fused_lora.ops.routing"
+    return {n for n, m in modules.items() if m.startswith("fused_lora.ops.") and m not in elsewhere}
+
+
+GRADIENTS = {
+    "lora_linear": "x weight a b bias gate",
+    "lora_linear_group": "x weight0 weight1 weight2 a0 a2 b0 b2 bias0 bias1 gate",
+    "lora_add": "base_out x a b gate",
+    "dora_linear": "x weight a b factor bias",
+    "multi_lora_linear": "x weight a bt bias gate",
+    "multi_lora_add_": "",
+    "lora_embedding": "weight a b",
+    "dept_embedding": "weight prompt a b",
+}
+
+
 def test_verify_checks_every_output_of_every_op(capsys):
     code, found = verified(capsys)
     assert code == 0 and found["failed"] == 0
     seen = {(row["case"].split()[0], row["output"]) for row in found["rows"]}
-    gradients = {"y", "dx", "da", "dbias", "dgate"}
-    linear = {("lora_linear", name) for name in gradients | {"db"}}
-    multi = {("multi_lora_linear", name) for name in gradients | {"dbt"}}
-    assert seen == linear | multi | {("soft_threshold_", "gates")}
+    want = {(op, f"d{name}") for op, names in GRADIENTS.items() for name in names.split()}
+    want |= {(op, "y") for op in GRADIENTS} | {("soft_threshold_", "gates")}
+    assert seen == want and {op for op, _ in seen} == public_ops()
     assert {"p=0", "p=0.1"} <= {word for row in found["rows"] for word in row["case"].split()}
     # An error is a number that fp32 can have: neither nothing nor everything.
-    assert all(0 < row["error"] < 1e-5 for row in found["rows"] if row["output"] != "gates")
+    exact = "gates", "dbase_out"
+    assert all(0 < row["error"] < 1e-5 for row in found["rows"] if row["output"] not in exact)
     timed = [row for row in found["rows"] if row["output"] == "y"]
     assert timed and all(row["time over naive"] > 0 for row in timed)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_verify_takes_other_dtypes_and_shapes(capsys, dtype):
+    code, found = verified(capsys, "--dtype", dtype, "--shapes", "7x5,64x48", "--rows", "3")
+    assert code == 0 and found["failed"] == 0
+    assert {row["case"].split()[0] for row in found["rows"]} == public_ops()
 
 
 class Wrong(torch.autograd.Function):
@@ -78,25 +105,46 @@ class Wrong(torch.autograd.Function):
         return dy * 1.01
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear"])
+def wrong_values(op):
+    """One percent too large; a list for a list, and in place what is in place."""
+
+    def call(*args, **options):
+        y = op(*args, **options)
+        return [one * 1.01 for one in y] if isinstance(y, list) else y * 1.01
+
+    return call
+
+
+def wrong_gradient(op):
+    """That of a tensor which y is a sum over: x, or the table of words."""
+    of = 1 if op.__name__.endswith("embedding") else 0
+
+    def call(*args, **options):
+        return op(*args[:of], Wrong.apply(args[of]), *args[of + 1 :], **options)
+
+    return call
+
+
 @pytest.mark.parametrize(
-    "wrong, output",
+    "op, wrong",
     [
-        (lambda op: lambda *args, **kw: op(*args, **kw) * 1.01, "y"),
-        (lambda op: lambda x, *args, **kw: op(Wrong.apply(x), *args, **kw), "dx"),
+        *((op, wrong_values) for op in GRADIENTS),
+        *((op, wrong_gradient) for op, names in GRADIENTS.items() if names),
     ],
-    ids=["the scale", "a gradient"],
 )
-def test_verify_fails_on_a_wrong_op_and_names_the_output(monkeypatch, capsys, op, wrong, output):
+def test_verify_fails_on_a_wrong_op_and_names_the_output(monkeypatch, capsys, op, wrong):
     monkeypatch.setattr(fl, op, wrong(getattr(fl, op)))
     code, found = verified(capsys)
     assert code == 1
     failed = [row for row in found["rows"] if row["verdict"] == "FAILED"]
     assert found["failed"] == len(failed) > 0
     assert {row["case"].split()[0] for row in failed} == {op}
-    assert output in {row["output"] for row in failed}
-    if output != "y":
-        assert {row["output"] for row in failed} == {output}
+    outputs = {row["output"] for row in failed}
+    if wrong is wrong_values:
+        assert "y" in outputs
+    else:
+        first = {"lora_add": "dbase_out"}.get(op, "dx")
+        assert outputs == {"dweight" if op.endswith("embedding") else first}
     assert all(row["why"].startswith(row["output"]) for row in failed)
 
 

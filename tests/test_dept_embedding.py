@@ -440,7 +440,7 @@ BAD = {
         ValueError,
         "positions must have ids' shape [3, 9] or [L] = [9], got [2, 9]",
     ),
-    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite in fp32, got nan"),
     "scale string": ({"scale": "2"}, TypeError, "scale must be a float or a 0-d tensor, got str"),
     "sparse": (
         {"weight": torch.zeros(20, 12).to_sparse()},

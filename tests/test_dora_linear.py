@@ -335,7 +335,7 @@ BAD = {
         "lora_a must have shape [R, K] = [any, 10], got [10, 3]",
     ),
     "bias": ({"bias": torch.zeros(5)}, ValueError, "bias must have shape [N] = [6], got [5]"),
-    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite in fp32, got nan"),
     "fp64 on Triton": (
         {
             **dict(zip(NAMES, make(dtype=torch.float64), strict=True)),

@@ -8,10 +8,13 @@ import warnings
 import pytest
 import torch
 from conftest import DEVICE
+from tiny_llama import tiny_llama
 from torch.nn import Embedding, LayerNorm, Linear, Module, ModuleList
 
+import fused_lora
+from fused_lora import AdapterStore
 from fused_lora.inject import LoRAConfig, inject, merge, unmerge
-from fused_lora.nn import LoRALinear, SoRALinear
+from fused_lora.nn import DePT, LoRAAdapter, LoRALinear, SoRALinear
 
 D = 8
 
@@ -341,6 +344,8 @@ def test_the_fused_path_of_a_transformer_layer_does_not_pass_the_adapter_by():
         (ValueError, {"r": 0}, "r must be at least 1, got 0"),
         (TypeError, {"lora_alpha": None}, "lora_alpha must be a number"),
         (ValueError, {"lora_alpha": float("nan")}, "lora_alpha must be finite"),
+        (ValueError, {"lora_alpha": 1e39}, "lora_alpha must be finite in fp32"),
+        (ValueError, {"alpha_pattern": {"q": -1e39}}, "must be finite in fp32"),
         (ValueError, {"lora_dropout": 2}, r"lora_dropout must lie in \[0, 1\], got 2"),
         (ValueError, {"use_rslora": 1}, "use_rslora must be one of True, False, got 1"),
         (ValueError, {"gate": "yes"}, "gate must be one of True, False, got 'yes'"),
@@ -445,6 +450,71 @@ def test_a_good_config_is_silent():
         inject(build(), config)
 
 
+# Other libraries' models
+
+
+@pytest.mark.parametrize("tie", (False, True))
+@pytest.mark.parametrize("again", ("as it is", "copied", "pickled"))
+def test_a_resize_does_not_lose_the_adapter_of_the_head(tie, again):
+    pytest.importorskip("transformers")
+    model = tiny_llama(tie_word_embeddings=tie)
+    inject(model, LoRAConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    model = {
+        "as it is": lambda model: model,
+        "copied": copy.deepcopy,
+        "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    }[again](model)
+    head, want = model.lm_head, model(IDS).logits
+    for arguments in ({"new_num_tokens": 70}, {"pad_to_multiple_of": 48}, {"new_num_tokens": 60}):
+        with pytest.raises(RuntimeError, match="would lose the adapter of the output head"):
+            model.resize_token_embeddings(**arguments)
+    model.resize_token_embeddings()
+    model.resize_token_embeddings(60, pad_to_multiple_of=8)
+    assert model.lm_head is head and torch.equal(model(IDS).logits, want)
+
+
+def test_a_resize_does_not_lose_the_bank_of_the_head():
+    pytest.importorskip("transformers")
+    model = tiny_llama()
+    AdapterStore(model, 2, 4, target_modules=["lm_head"])
+    with pytest.raises(RuntimeError, match=r"output head, a fused_lora\.nn\.multi\.MultiLoRALin"):
+        model.resize_token_embeddings(70)
+
+
+def test_a_resize_of_a_plain_head_is_that_of_transformers():
+    pytest.importorskip("transformers")
+    model = inject(tiny_llama(), LoRAConfig(target_modules="all-linear"))
+    model.resize_token_embeddings(70)
+    assert model(IDS).logits.shape[-1] == 70
+
+
+def test_a_model_of_peft_keeps_its_adapters():
+    peft, _ = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    whole = peft.get_peft_model(tiny_llama(), config)
+    layer = whole.base_model.model.model.layers[0].self_attn.q_proj
+    inner = peft.inject_adapter_in_model(config, tiny_llama())
+    saved = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).base_model.model.lm_head
+    every = LoRAConfig(target_modules="all-linear")
+    for given in (whole, whole.base_model, inner, torch.nn.Sequential(layer)):
+        trained = [name for name, p in given.named_parameters() if p.requires_grad]
+        for refused in (
+            lambda given=given: inject(given, every),
+            lambda given=given: AdapterStore(given, 2, 4),
+        ):
+            with pytest.raises(TypeError, match=r"has adapters of PEFT: .* is a peft"):
+                refused()
+        assert trained == [name for name, p in given.named_parameters() if p.requires_grad]
+    with pytest.raises(TypeError, match="base_module has adapters of PEFT: it is a peft"):
+        LoRAAdapter(layer)
+    with pytest.raises(TypeError, match="base_module has adapters of PEFT: it is a peft"):
+        LoRAAdapter(saved, 32, 64)
+    with pytest.raises(TypeError, match=r"model has adapters of PEFT: '.*q_proj' in it is a peft"):
+        DePT(inner, 2, 8, 2)
+
+
 # Merging
 
 
@@ -478,6 +548,62 @@ def test_merging_is_all_or_nothing():
         merge(model)
     with pytest.raises(RuntimeError, match="3 of 4 layers are not merged"):
         unmerge(model)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep_base", ("none", "cpu", "device"))
+@pytest.mark.parametrize(("dtype", "value"), ((torch.float16, 6e4), (torch.float32, torch.nan)))
+def test_a_model_is_merged_whole_or_not_at_all(keep_base, dtype, value, tmp_path):
+    """The last layer has a value that cannot be merged: no layer before it is written."""
+    model = build().to(dtype)
+    inject(
+        model,
+        LoRAConfig(target_modules="all-linear", init_lora_weights=False),
+        adapter_dtype=torch.float32,
+    )
+    name, last = list(adapted(model).items())[-1]
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    good = last.lora_b.detach().clone()
+    words = f"{name}'?: weight would have values that {dtype} cannot hold"
+    with torch.no_grad():
+        last.lora_b.fill_(value)
+        last.lora_a.fill_(1)
+    with pytest.raises(ValueError, match=words):
+        merge(model, keep_base)
+    assert not any(m.merged for m in adapted(model).values())
+    for k, t in model.state_dict().items():
+        assert "lora" in k or torch.equal(t, before[k])
+
+    last.lora_b.data.copy_(good)
+    merge(model, keep_base)
+    merged = {k: t.clone() for k, t in model.state_dict().items()}
+    last.lora_b.data.fill_(value)
+    if keep_base == "none":
+        with pytest.raises(ValueError, match=words):
+            unmerge(model)
+        assert all(m.merged for m in adapted(model).values())
+        for k, t in model.state_dict().items():
+            assert "lora_b" in k or torch.equal(t, merged[k])
+    else:
+        unmerge(model)  # what was there is put back, whatever the adapter is
+        assert all(torch.equal(m.weight, before[f"{n}.weight"]) for n, m in adapted(model).items())
+
+
+@pytest.mark.parametrize("keep_base", ("none", "cpu"))
+def test_a_merged_model_is_swapped_whole_or_not_at_all(keep_base, tmp_path):
+    pytest.importorskip("safetensors")
+    model = inject(build(), LoRAConfig(target_modules="all-linear", init_lora_weights=False))
+    list(adapted(model).values())[-1].lora_b.data.fill_(1e6)
+    fused_lora.save_adapter(model, tmp_path)
+    model = inject(
+        build().half(),
+        LoRAConfig(target_modules="all-linear", init_lora_weights=False),
+        adapter_dtype=torch.float32,
+    )
+    merge(model, keep_base)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"values that torch\.float16 cannot hold"):
+        fused_lora.swap_adapter(model, tmp_path)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 

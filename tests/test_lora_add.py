@@ -396,7 +396,7 @@ BAD = {
         TypeError,
         "lora_b must have dtype float32, got float16",
     ),
-    "scale": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "scale": ({"scale": float("inf")}, ValueError, "scale must be finite in fp32, got inf"),
     "p": ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in [0, 1], got -0.1"),
     "seed": ({"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor, got float"),
     "float64 in triton": (

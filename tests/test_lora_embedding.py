@@ -277,7 +277,7 @@ BAD = {
         TypeError,
         "padding_idx must be an int or None, got bool",
     ),
-    "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite in fp32, got inf"),
     "backend that has no kernel": (
         {"backend": "cuda"},
         RuntimeError,

@@ -668,8 +668,8 @@ BAD = {
         NotImplementedError,
         "x is a Subclass; tensor subclasses are not supported, pass a plain torch.Tensor",
     ),
-    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite in fp32, got nan"),
+    "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite in fp32, got inf"),
     "scale string": ({"scale": "2"}, TypeError, "scale must be a float or a 0-d tensor, got str"),
     "scale vector": (
         {"scale": torch.ones(2)},

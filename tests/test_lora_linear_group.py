@@ -659,7 +659,7 @@ BAD = {
     "scale nan": (
         {"scales": {2: float("nan")}},
         ValueError,
-        "scales[2] must be finite, got nan",
+        "scales[2] must be finite in fp32, got nan",
     ),
     "scale string": (
         {"scales": {0: "2"}},

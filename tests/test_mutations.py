@@ -750,8 +750,8 @@ FAULTS = {
     ),
     "the value of a scale tensor dropped": Fault(
         OP,
-        "if gate is None else gate) * scale.to(lora_a.device)",
-        "if gate is None else gate)",
+        "return 1.0, gate * scale.to(x.device, wide)",
+        "return 1.0, gate",
         "test_lora_linear.py::test_scale_tensor[torch]",
     ),
     "dropout outside of training": Fault(
@@ -1197,6 +1197,32 @@ FAULTS = {
         "[self._product(-1), new]",
         "[new]",
         "test_save_adapter.py::test_swap_adapter[True-none]",
+    ),
+    "merge: what the weight cannot hold is written": Fault(
+        "nn/linear.py",
+        "return bool(bound < torch.finfo(weight.dtype).max / 2)",
+        "return True",
+        "test_inject.py::test_a_model_is_merged_whole_or_not_at_all[dtype0-60000.0-none]",
+    ),
+    "merge: a layer is written before the next is looked at": Fault(
+        INJECT,
+        """        layer.check_merge(repr(name))
+    for layer in layers.values():
+        layer.merge(keep_base)""",
+        """        layer.merge(keep_base)""",
+        "test_inject.py::test_a_model_is_merged_whole_or_not_at_all[dtype0-60000.0-none]",
+    ),
+    "an adapter that comes from meta is not drawn": Fault(
+        "nn/linear.py",
+        "if from_meta and not self.lora_a.is_meta:",
+        "if False:",
+        "test_nn.py::test_what_comes_from_the_meta_device_has_an_adapter[built-LoRALinear]",
+    ),
+    "a resize loses the adapter of the head": Fault(
+        INJECT,
+        "    _keep_head(model, new.values())\n",
+        "",
+        "test_inject.py::test_a_resize_does_not_lose_the_adapter_of_the_head[as it is-False]",
     ),
     "swap: the folder's scale is not taken": Fault(
         "checkpoint/model.py",

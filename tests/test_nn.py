@@ -151,6 +151,48 @@ def test_meta_device(cls):
     assert {p.device.type for p in empty.parameters()} == {DEVICE}
 
 
+def assert_drawn(layer):
+    """The adapter is one that was just made."""
+    zero = layer.gate if isinstance(layer, AdaLoRALinear) else layer.lora_b
+    assert layer.lora_a.isfinite().all() and layer.lora_a.all() and not zero.any()
+    assert layer.lora_b.isfinite().all()
+    assert layer.gate is None or layer.gate.isfinite().all()
+
+
+@all_three
+@pytest.mark.parametrize("where", ("built", "moved", "moved while merged"))
+def test_what_comes_from_the_meta_device_has_an_adapter(cls, where):
+    if where == "built":
+        with torch.device("meta"):
+            layer = cls(K, N, r=R)
+    else:
+        layer = make(cls)
+        layer.init = True
+        if where == "moved while merged":
+            layer.merge("cpu")
+        layer = layer.to("meta")
+    layer.to_empty(device=DEVICE)
+    assert_drawn(layer)
+    base = Linear(K, N, device=DEVICE)
+    layer.load_state_dict(base.state_dict(), strict=False)
+    x = inputs(3, K)
+    assert torch.equal(layer(x), base(x)) and not layer.merged
+
+
+@all_three
+def test_reset_parameters_draws_what_is_trained_alone(cls):
+    layer = make(cls)
+    layer.init = True
+    before = state(layer)
+    layer.reset_parameters()
+    assert_drawn(layer)
+    assert not torch.equal(layer.lora_a, before["lora_a"])
+    assert torch.equal(layer.weight, before["weight"]) and torch.equal(layer.bias, before["bias"])
+    layer.merge()
+    with pytest.raises(RuntimeError, match=r"call unmerge\(\) before resetting"):
+        layer.reset_parameters()
+
+
 def test_scale():
     assert make(r=4, lora_alpha=6).scale == 1.5
     assert make(r=4, lora_alpha=6, use_rslora=True).scale == 3.0
@@ -230,6 +272,8 @@ def test_extra_repr():
         (ValueError, {"r": 0}, "r must be at least 1, got 0"),
         (TypeError, {"lora_alpha": "16"}, "lora_alpha must be a number"),
         (ValueError, {"lora_alpha": math.inf}, "lora_alpha must be finite"),
+        (ValueError, {"lora_alpha": 1e39}, r"lora_alpha must be finite in fp32, got 1e\+39"),
+        (ValueError, {"lora_alpha": 10**400}, r"lora_alpha must be finite in fp32, got 100"),
         (ValueError, {"lora_dropout": 1.5}, r"lora_dropout must lie in \[0, 1\], got 1.5"),
         (ValueError, {"lora_dropout": -0.1}, "lora_dropout"),
         (ValueError, {"lora_dropout": math.nan}, "lora_dropout must be finite"),
@@ -562,6 +606,80 @@ def test_wrong_states_raise_and_change_nothing(cls):
     assert torch.equal(layer.weight, weight) and layer._base is None
 
 
+def unholdable(layer, value):
+    """Let scale * B diag(g) A have a value at [1, 2] that the weight cannot hold."""
+    with torch.no_grad():
+        layer.lora_a[0].zero_()
+        layer.lora_a[0, 2], layer.lora_b[1, 0] = 1, value / layer.scale
+        if layer.gate is not None:
+            layer.gate[0] = 1
+    return layer
+
+
+def state(layer):
+    return {name: t.detach().clone() for name, t in layer.state_dict().items()}
+
+
+def assert_unchanged(layer, before):
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+@all_three
+@keep_bases
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    (
+        (torch.float16, 1e5),
+        (torch.float32, math.nan),
+        (torch.bfloat16, -math.inf),
+        (torch.float64, math.nan),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("block", (1, 1 << 22))
+def test_what_a_weight_cannot_hold_is_not_merged(cls, keep_base, dtype, value, block, monkeypatch):
+    monkeypatch.setattr(of_one_adapter, "_MERGE_BLOCK", block)
+    layer = unholdable(make(cls, dtype, adapter_dtype=torch.float32), value)
+    weight = layer.weight.clone()
+    words = f"this layer: weight would have values that {dtype} cannot hold"
+    with pytest.raises(ValueError, match=words):
+        layer.merge(keep_base)
+    assert torch.equal(layer.weight, weight) and not layer.merged and layer._base is None
+
+
+def test_what_comes_near_the_largest_value_is_merged():
+    layer = unholdable(make(dtype=torch.float16, adapter_dtype=torch.float32), 6e4)
+    want = merged_in_fp64(layer)
+    layer.merge()
+    assert layer.weight[1, 2] > 5.9e4
+    torch.testing.assert_close(layer.weight.cpu().double(), want, rtol=1e-3, atol=1e-6)
+
+
+@all_three
+def test_unmerge_does_not_spoil_a_weight(cls):
+    layer = make(cls, torch.float16)
+    layer.merge()
+    before = state(unholdable(layer, math.nan))
+    with pytest.raises(ValueError, match=r"weight would have values that torch\.float16"):
+        layer.unmerge()
+    assert layer.merged and torch.equal(layer.weight, before["weight"])
+
+
+@all_three
+@keep_bases
+@pytest.mark.parametrize("value", (math.nan, 1e5))
+def test_a_swap_does_not_spoil_a_merged_weight(cls, keep_base, value):
+    layer = make(cls, torch.float16)
+    layer.merge(keep_base)
+    before, scale, alpha = state(layer), layer.scale, layer.lora_alpha
+    a, b = adapter(R + 1, torch.float16)
+    a[:, 2], b[1] = 1, value
+    with pytest.raises(ValueError, match="this layer: weight would have values that"):
+        layer.swap(a, b, scale=3.0)
+    assert_unchanged(layer, before)
+    assert layer.merged and (layer.scale, layer.lora_alpha, layer.r) == (scale, alpha, R)
+
+
 # Swapping
 
 
@@ -647,6 +765,7 @@ def test_many_swaps_on_a_kept_base_do_not_drift():
         (ValueError, {"gate": torch.ones(R + 1)}, r"gate must have shape \[R\]"),
         (TypeError, {"scale": "2"}, "scale must be a number"),
         (ValueError, {"scale": math.nan}, "scale must be finite"),
+        (ValueError, {"scale": 1e39}, r"scale must be finite in fp32, got 1e\+39"),
     ),
 )
 def test_a_bad_swap_changes_nothing(error, change, words):

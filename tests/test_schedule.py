@@ -42,7 +42,7 @@ def test_the_published_schedule():
             "kind must be one of 'linear', 'log_linear', 'exp_linear'",
         ),
         (ValueError, {"start": -1}, "start must be at least 0, got -1"),
-        (ValueError, {"end": math.inf}, "end must be finite, got inf"),
+        (ValueError, {"end": math.inf}, "end must be finite in fp32, got inf"),
         (
             ValueError,
             {"start": 0, "kind": "exp_linear"},

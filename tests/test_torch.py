@@ -2,6 +2,7 @@
 activation checkpointing, CUDA graphs, forward-mode AD, meta tensors.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -374,6 +375,171 @@ def test_no_tensor_takes_a_tangent(name):
             torch.func.jvp(fn, (tensors[n],), (tensors[n],))
 
 
+# torch.func
+
+
+every_transformable = pytest.mark.parametrize("name", [n for n in OPS if n != "multi_lora_linear"])
+
+
+@every_transformable
+@pytest.mark.parametrize("compiled", [False, True])
+def test_func_grad_is_the_gradient(name, compiled):
+    op = OPS[name]
+    # The reference makes its masks in slabs, which a compiler does not trace.
+    tensors, options = op.make(5), {} if compiled else dropping(op, seed=3)
+    names = floating(op, tensors)
+
+    def loss(given):
+        return op.call({**tensors, **given}, **options).square().sum()
+
+    y = op.call(leaves_of := leaves(op, tensors), **options).square().sum()
+    want = torch.autograd.grad(y, [leaves_of[n] for n in names])
+    grad = torch.func.grad(loss)
+    if compiled:
+        torch._dynamo.reset()
+        grad = torch.compile(grad, backend="aot_eager", fullgraph=True)
+    found = grad({n: tensors[n] for n in names})
+    torch.testing.assert_close([found[n] for n in names], [*want], rtol=1e-4, atol=1e-4)
+
+
+@every_transformable
+def test_vmap_and_gradients_of_each_sample(name):
+    op = OPS[name]
+    tensors = op.make(5)
+    rows = {n: tensors[n] for n in op.rows}
+    others = {n: t for n, t in tensors.items() if n not in rows and t.is_floating_point()}
+
+    def one(others, row):
+        return op.call(others | {n: t[None] for n, t in row.items()})[0]
+
+    ys = torch.vmap(one, in_dims=(None, 0))(others, rows)
+    torch.testing.assert_close(ys, op.call(tensors))
+    of_each = torch.func.grad(lambda others, row: one(others, row).square().sum())
+    grads = torch.vmap(of_each, in_dims=(None, 0))(others, rows)
+    for i in range(5):
+        want = of_each(others, {n: t[i] for n, t in rows.items()})
+        found = {n: g[i] for n, g in grads.items()}
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_func_grad_of_dora():
+    tensors = draw(x=(5, K), weight=(N, K), lora_a=(R, K), lora_b=(N, R), magnitude=(N,))
+
+    def loss(tensors):
+        return fl.dora_linear(**tensors, scale=SCALE).square().sum()
+
+    given = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    want = torch.autograd.grad(loss(given), [*given.values()])
+    found = torch.func.grad(loss)(tensors)
+    torch.testing.assert_close([*found.values()], [*want], rtol=1e-4, atol=1e-4)
+
+
+@every_op
+def test_a_kernel_is_not_transformed(name):
+    """One sentence, and for many adapters whatever the backend."""
+    op = OPS[name]
+    tensors = op.make(5)
+    moved = floating(op, tensors)[0]
+    backends = ["torch", "triton"] if name == "multi_lora_linear" else ["triton"]
+    for backend in backends:
+        with fl.use_backend(backend):
+            for fn in (
+                lambda t: op.call({**tensors, moved: t}),
+                lambda t: op.call(tensors) + t.sum(),
+            ):
+                with pytest.raises(NotImplementedError, match=r"transforms of torch\.func"):
+                    torch.func.grad(lambda t, fn=fn: fn(t).sum())(tensors[moved])
+
+
+def test_multi_lora_add_is_not_transformed():
+    t = many(5)
+    slots = AdapterSlots(t["a_slots"], t["bt_slots"], t["rank"], t["scale"], t["gate"])
+    with pytest.raises(
+        NotImplementedError, match=r"multi_lora_add_ has no transforms of torch\.fun"
+    ):
+        torch.vmap(lambda y: fl.multi_lora_add_(y, t["x"], slots, t["ids"]))(torch.ones(2, 5, N))
+
+
+# A default device, on which nothing may be made that belongs beside the arguments
+
+
+@every_op
+def test_a_default_device_changes_nothing(name):
+    op = OPS[name]
+    for options in ({}, dropping(op, seed=3)):
+        tensors = leaves(op, op.make(40))
+        want = outcome(op, op.call, tensors, **options)
+        with torch.device("meta"):
+            assert_equal(outcome(op, op.call, tensors, **options), want)
+
+
+def test_gates_and_folders_under_a_default_device(tmp_path):
+    gates = torch.tensor([1.0, -0.5, 0.1], device=DEVICE)
+    layer = torch.nn.Sequential(torch.nn.Linear(K, N, device=DEVICE))
+    layers = [copy.deepcopy(layer) for _ in range(3)]
+    config = fl.LoRAConfig(target_modules=["0"], init_lora_weights=False, gate=True)
+    words = torch.nn.Embedding(V, K, device=DEVICE)
+    with torch.device("meta"):
+        fl.optim.soft_threshold_(gates, 0.25)
+        assert fl.why("soft_threshold_", [], 0.25)["torch"] is None
+        assert fl.backends()["torch"] is None
+        model = fl.inject(layers[0], config)
+        fl.save_adapter(model, tmp_path)
+        fl.load_adapter(layers[1], tmp_path)
+        store = fl.AdapterStore(layers[2], 2, 8, target_modules=["0"])
+        store.load("a", tmp_path)
+        x = torch.ones(3, K, device=DEVICE)
+        with store.route(["a", None, "a"]):
+            served = layers[2](x)
+        prompt = fl.nn.DePTEmbedding.from_embedding(words, 3, 8, 2, prompt_init=[4, 5]).prompt
+    assert gates.tolist() == [0.75, -0.25, 0.0]
+    assert torch.equal(layers[1](x), model(x))
+    torch.testing.assert_close(served[::2], model(x)[::2])
+    assert torch.equal(prompt, words.weight[[4, 5, 4]])
+
+
+# The scale
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "multi_lora_linear"])
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_float64_scale_is_exact_in_fp64(name, masters):
+    """A tensor gives what its number gives, to the last digits."""
+    op = OPS[name]
+    tensors = {n: t.double() if t.is_floating_point() else t for n, t in op.make(5).items()}
+    if masters:
+        tensors |= {n: t.float() for n, t in tensors.items() if n.startswith(("lora", "gate"))}
+    scale = torch.tensor(1 / 3, dtype=torch.float64, device=DEVICE)
+    ours, want = op.call(tensors, scale=scale), op.call(tensors, scale=1 / 3)
+    torch.testing.assert_close(ours, want, rtol=1e-14, atol=1e-14)
+
+
+def test_a_scale_is_not_rounded_with_a_gate_in_bf16():
+    values = {"x": 1.125, "weight": 0.0, "lora_a": 1.0, "lora_b": 1.0}
+    tensors = [torch.full((1, 1), v, dtype=torch.bfloat16, device=DEVICE) for v in values.values()]
+    gate = torch.full((1,), 1.25, dtype=torch.bfloat16, device=DEVICE)
+    y = fl.lora_linear(*tensors, scale=torch.tensor(1.13, device=DEVICE), gate=gate)
+    assert y.item() == torch.tensor(1.125 * 1.25 * 1.13).bfloat16().item()
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "multi_lora_linear"])
+@pytest.mark.parametrize(
+    "scale", [1e39, -1e39, 10**400, float("inf")], ids=["1e39", "-", "int", "inf"]
+)
+def test_a_scale_is_a_number_in_fp32(name, scale):
+    op = OPS[name]
+    for dtype in (torch.float32, torch.float64):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in op.make(5).items()}
+        with pytest.raises(ValueError, match="must be finite in fp32, got"):
+            op.call(tensors, scale=scale)
+
+
+def test_a_bank_takes_a_number_in_fp32():
+    bank = fl.AdapterBank(K, N, 2, R, device=DEVICE)
+    with pytest.raises(ValueError, match="scale must be finite in fp32"):
+        bank.add("a", torch.ones(R, K), torch.ones(N, R), scale=1e39)
+
+
 # Meta tensors, and modules that are built of them
 
 
@@ -438,6 +604,62 @@ def test_modules_are_built_on_meta_and_filled_later(make, x):
 
 
 @pytest.mark.parametrize("name", ["MultiLoRALinear", "LoRAEmbedding", "DePTEmbedding"])
+def is_trained(name: str) -> bool:
+    return name.startswith(("lora_a", "lora_b", "gate", "prompt"))
+
+
+@every_module
+def test_reset_parameters_draws_what_is_trained_alone(make, x):
+    layer = make(DEVICE)
+    before = {n: t.clone() for n, t in layer.state_dict().items()}
+    layer.reset_parameters()
+    for name, t in layer.state_dict().items():
+        assert torch.equal(t, before[name]) != is_trained(name)
+    if isinstance(layer, fl.nn.MultiLoRALinear):
+        layer.bank.add("a", torch.ones(R, K), torch.ones(N, R), scale=1.0)
+        layer.reset_parameters()
+        assert not len(layer.bank) and not layer.bank.rank.any()
+
+
+@every_module
+@pytest.mark.parametrize("by", ["loading the base", "reset_parameters"])
+def test_the_adapter_of_what_comes_from_meta_is_drawn(make, x, by):
+    real = make(DEVICE)
+    with torch.device("meta"):
+        layer = make(None)
+    layer.to_empty(device=DEVICE)
+    base = {n: t for n, t in real.state_dict().items() if not is_trained(n)}
+    if by == "reset_parameters":
+        layer.reset_parameters()
+    layer.load_state_dict(base, strict=False)
+    if by == "reset_parameters":
+        layer.reset_parameters()
+    found = layer.state_dict()
+    assert all(t.isfinite().all() for t in found.values())
+    assert all(torch.equal(found[n], t) for n, t in base.items())
+
+
+def test_a_prompt_of_words_is_nan_until_there_are_words():
+    layer = fl.nn.DePTEmbedding(V, K, device="meta", prompt_length=2, max_length=5, r=R)
+    layer.to_empty(device=DEVICE)
+    assert layer.prompt.isnan().all()
+    words = torch.randn(V, K, device=DEVICE)
+    layer.load_state_dict({"weight": words, "prompt": torch.ones(2, K)}, strict=False)
+    assert (layer.prompt == 1).all()
+    layer.load_state_dict({"weight": words}, strict=False)
+    assert (layer.prompt == 1).all()
+
+
+def test_the_bank_of_a_store_is_not_emptied_behind_it():
+    model = torch.nn.Sequential(torch.nn.Linear(K, N, device=DEVICE))
+    store = fl.AdapterStore(model, 2, R, target_modules=["0"])
+    model[0].reset_parameters()
+    store.add("a", {"0": (torch.ones(R, K), torch.ones(N, R), 1.0, None)})
+    with pytest.raises(RuntimeError, match=r"adapters \['a'\] belong to an AdapterStore"):
+        model[0].reset_parameters()
+    assert model[0].bank.names == store.names == ["a"]
+
+
 def test_modules_compile_for_every_number_of_rows(name):
     make, x = MODULES[name]
     torch._dynamo.reset()

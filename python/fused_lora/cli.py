@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-OPS = "lora_linear", "multi_lora_linear", "soft_threshold_"
 OPTIONAL = "peft", "transformers", "safetensors", "matplotlib", "rich"
+THRESHOLD = "soft_threshold_"
 SCALE, DROPOUT, ROUNDS = 1.5, 0.1, 7
 
 
@@ -39,7 +40,8 @@ def _driver() -> str | None:
 
 def refusals(op: str, x) -> dict[str, str | None]:
     """{backend: None if it can run the op on tensors like x, else the sentence why not}."""
-    module = importlib.import_module(f"fused_lora.ops.{op.rstrip('_')}")
+    stem = {"multi_lora_add_": "multi_lora_linear"}.get(op, op.rstrip("_"))
+    module = importlib.import_module(f"fused_lora.ops.{stem}")
     return {name: refuses(x) for name, refuses in module.REFUSALS.items()}
 
 
@@ -78,7 +80,7 @@ def facts() -> dict:
         "asked for": os.environ.get("FUSED_LORA_BACKEND") or None,
         "default": next(iter(backends)),
         "backends": {name: reason or "it can run" for name, reason in backends.items()},
-        "ops": {op: refusals(op, probe) for op in OPS},
+        "ops": {op: refusals(op, probe) for op in (*CASES, THRESHOLD)},
     }
 
 
@@ -119,43 +121,269 @@ class Row(dict):
         )
 
 
-def _linear_case(shape, rows, rank, dtype, device, backend, p) -> Iterator[Row]:
-    """lora_linear and its gradients."""
+class Case(NamedTuple):
+    """One call of an op, as functions of its tensors by name, which return y."""
+
+    sizes: str
+    tensors: dict[str, Any]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]  # the reference
+    naive: Callable[..., Any]  # what one writes without either
+    in_place: bool = False  # without gradients
+
+
+def _draw(device, dtype, std: dict[str, float], **shapes) -> dict[str, Any]:
+    """N(0, std), or N(0, 1); the gate is fp32 in every dtype."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = {}
+    for name, shape in shapes.items():
+        t = torch.randn(shape, generator=generator, device="cpu") * std.get(name, 1.0)
+        drawn[name] = t.to(device, torch.float32 if name in ("gate", "factor") else dtype)
+    return drawn
+
+
+def _lora(t, x, p: float = 0.0):
+    """scale * ((drop(x) A^T) * g) B^T."""
+    import torch.nn.functional as F
+
+    h = F.linear(F.dropout(x, p) if p else x, t["a"])
+    if "gate" in t:
+        h = h * t["gate"].to(x.dtype)
+    return SCALE * F.linear(h, t["b"])
+
+
+def _linear_case(shape, rows, rank, dtype, device, p) -> Case:
+    import torch.nn.functional as F
+
+    import fused_lora as fl
+
+    N, K = shape
+    std = {"a": K**-0.5, "weight": K**-0.5}
+    tensors = _draw(
+        device, dtype, std,
+        weight=(N, K), x=(rows, K), a=(rank, K), b=(N, rank), bias=(N,), gate=(rank,),
+    )  # fmt: skip
+
+    def of(op):
+        return lambda t, **options: op(
+            t["x"], t["weight"], t["a"], t["b"], t["bias"],
+            scale=SCALE, gate=t["gate"], **options,
+        )  # fmt: skip
+
+    def naive(t):
+        return F.linear(t["x"], t["weight"], t["bias"]) + _lora(t, t["x"], p)
+
+    ours, plain = of(fl.lora_linear), of(fl.reference.lora_linear)
+    return Case(f"{N}x{K} r={rank} p={p:g}", tensors, ours, plain, naive)
+
+
+def _add_case(shape, rows, rank, dtype, device, p) -> Case:
+    import fused_lora as fl
+
+    N, K = shape
+    tensors = _draw(
+        device, dtype, {"a": K**-0.5},
+        base_out=(rows, N), x=(rows, K), a=(rank, K), b=(N, rank), gate=(rank,),
+    )  # fmt: skip
+
+    def of(op):
+        return lambda t, **options: op(
+            t["base_out"], t["x"], t["a"], t["b"], scale=SCALE, gate=t["gate"], **options
+        )
+
+    def naive(t):
+        return t["base_out"] + _lora(t, t["x"], p)
+
+    ours, plain = of(fl.lora_add), of(fl.reference.lora_add)
+    return Case(f"{N}x{K} r={rank} p={p:g}", tensors, ours, plain, naive)
+
+
+def _group_case(shape, rows, rank, dtype, device, p) -> Case:
+    """Projections with all, without an adapter, and without bias and gate; their y side by side."""
+    import torch
+    import torch.nn.functional as F
+
+    import fused_lora as fl
+
+    (N, K), few = shape, max(1, shape[0] // 4)
+    adapters = {"a0": (rank, K), "b0": (N, rank), "a2": (rank, K), "b2": (few, rank)}
+    std = {f"{name}{i}": K**-0.5 for name in ("a", "weight") for i in range(3)}
+    tensors = _draw(
+        device, dtype, std, x=(rows, K), weight0=(N, K), weight1=(few, K), weight2=(few, K),
+        bias0=(N,), bias1=(few,), gate=(rank,), **adapters,
+    )  # fmt: skip
+
+    def of(op):
+        def call(t, **options):
+            lists = ([t.get(f"{n}{i}") for i in range(3)] for n in ("weight", "a", "b", "bias"))
+            gates = [t["gate"], None, None]
+            return torch.cat(op(t["x"], *lists, scales=[SCALE] * 3, gates=gates, **options), -1)
+
+        return call
+
+    def naive(t):
+        ys = [F.linear(t["x"], t[f"weight{i}"], t.get(f"bias{i}")) for i in range(3)]
+        ys[0] = ys[0] + _lora({"a": t["a0"], "b": t["b0"], "gate": t["gate"]}, t["x"], p)
+        ys[2] = ys[2] + _lora({"a": t["a2"], "b": t["b2"]}, t["x"], p)
+        return torch.cat(ys, -1)
+
+    ours, plain = of(fl.lora_linear_group), of(fl.reference.lora_linear_group)
+    return Case(f"{N}+{few}+{few}x{K} r={rank} p={p:g}", tensors, ours, plain, naive)
+
+
+def _dora_case(shape, rows, rank, dtype, device, p) -> Case:
+    """The norms are constants in it: what is compared is the sum of products that they scale."""
     import torch
     import torch.nn.functional as F
 
     import fused_lora as fl
 
     N, K = shape
-    generator = torch.Generator().manual_seed(0)
+    std = {"a": K**-0.5, "weight": K**-0.5}
+    tensors = _draw(
+        device, dtype, std,
+        weight=(N, K), x=(rows, K), a=(rank, K), b=(N, rank), factor=(N,), bias=(N,),
+    )  # fmt: skip
+    whole = tensors["weight"].double() + SCALE * tensors["b"].double() @ tensors["a"].double()
+    norms = torch.linalg.vector_norm(whole, dim=1)
 
-    def draw(*size, std=1.0):
-        return (torch.randn(*size, generator=generator) * std).to(device, dtype)
+    def ours(t, **options):
+        magnitude = t["factor"] * norms.to(t["factor"].dtype)
+        return fl.dora_linear(
+            t["x"], t["weight"], t["a"], t["b"], magnitude, t["bias"], scale=SCALE, **options
+        )
 
-    x, a, b = draw(rows, K), draw(rank, K, std=K**-0.5), draw(N, rank)
-    leaves = [t.requires_grad_() for t in (x, a, b, draw(N), draw(rank).float())]
-    weight, dy = draw(N, K, std=K**-0.5), draw(rows, N)
-    options = {"dropout_p": p, "seed": 7} if p else {}
+    def plain(t):
+        z = fl.reference.lora_linear(t["x"], t["weight"], t["a"], t["b"], scale=SCALE)
+        return (t["factor"] * z + t["bias"]).to(z.dtype)
 
-    def of(op, weight, dy, *leaves, **more):
-        x, a, b, bias, gate = leaves
-        y = op(x, weight, a, b, bias, scale=SCALE, gate=gate, **options, **more)
-        return [y, *torch.autograd.grad(y, leaves, dy)]
+    def naive(t):
+        weight = t["weight"] + SCALE * t["b"] @ t["a"]
+        norms = torch.linalg.vector_norm(weight, dim=1).detach()
+        z = F.linear(t["x"], t["weight"]) + _lora(t, t["x"])
+        return (t["factor"] / norms * z + t["bias"]).to(z.dtype)
 
-    def naive():
-        x, a, b, bias, gate = leaves
-        kept = F.dropout(x, p) if p else x
-        h = F.linear(kept, a) * gate.to(x.dtype)
-        y = F.linear(x, weight, bias) + SCALE * F.linear(h, b)
-        torch.autograd.grad(y, leaves, dy)
-
-    name = f"lora_linear {N}x{K} r={rank} p={p:g}"
-    outputs = "y", "dx", "da", "db", "dbias", "dgate"
-    ops = fl.lora_linear, fl.reference.lora_linear
-    yield from _compared(name, outputs, backend, of, ops, (weight, dy, *leaves), naive)
+    return Case(f"{N}x{K} r={rank}", tensors, ours, plain, naive)
 
 
-def _threshold_case(shape, rows, rank, dtype, device, backend, p) -> Iterator[Row]:
+def _bank(tensors, rank: int, device):
+    """(bank of tensors, ids): adapters of several ranks, and rows without one."""
+    import torch
+
+    from fused_lora.reference import AdapterSlots
+
+    ranks = torch.tensor([rank, max(1, rank // 2), rank, 1], dtype=torch.int32, device=device)
+    scale = torch.full((4,), SCALE, device=device)
+    ids = (torch.arange(len(tensors["x"]), device=device) * 7) % 5 - 1
+
+    def bank(t):
+        return AdapterSlots(t["a"], t["bt"], ranks, scale.to(t["gate"].dtype), t["gate"])
+
+    def naive(t, y):
+        for j, r in enumerate(ranks.tolist()):
+            own = torch.where(ids == j)[0]
+            h = (t["x"][own] @ t["a"][j, :r].t()) * t["gate"][j, :r].to(y.dtype)
+            y = y.index_add(0, own, SCALE * h @ t["bt"][j, :r])
+        return y
+
+    return bank, ids, naive
+
+
+def _multi_case(shape, rows, rank, dtype, device, p) -> Case:
+    import torch.nn.functional as F
+
+    import fused_lora as fl
+
+    N, K = shape
+    std = {"a": K**-0.5, "weight": K**-0.5}
+    tensors = _draw(
+        device, dtype, std,
+        weight=(N, K), x=(rows, K), a=(4, rank, K), bt=(4, rank, N), bias=(N,), gate=(4, rank),
+    )  # fmt: skip
+    bank, ids, added = _bank(tensors, rank, device)
+
+    def of(op):
+        return lambda t, **options: op(t["x"], t["weight"], bank(t), ids, t["bias"], **options)
+
+    def naive(t):
+        return added(t, F.linear(t["x"], t["weight"], t["bias"]))
+
+    ours, plain = of(fl.multi_lora_linear), of(fl.reference.multi_lora_linear)
+    return Case(f"{N}x{K} r<={rank} p={p:g}", tensors, ours, plain, naive)
+
+
+def _multi_add_case(shape, rows, rank, dtype, device, p) -> Case:
+    import fused_lora as fl
+
+    (N, K), offset = shape, 3
+    tensors = _draw(
+        device, dtype, {"a": K**-0.5},
+        y=(rows, N + offset), x=(rows, K), a=(4, rank, K), bt=(4, rank, N), gate=(4, rank),
+    )  # fmt: skip
+    bank, ids, added = _bank(tensors, rank, device)
+
+    def of(op):
+        return lambda t, **options: op(
+            t["y"].clone(), t["x"], bank(t), ids, out_offset=offset, **options
+        )
+
+    def naive(t):
+        y = t["y"].clone()
+        y[:, offset:] = added(t, y[:, offset:])
+        return y
+
+    ours, plain = of(fl.multi_lora_add_), of(fl.reference.multi_lora_add_)
+    return Case(f"{N}x{K} r<={rank}", tensors, ours, plain, naive, in_place=True)
+
+
+def _embedding_case(shape, rows, rank, dtype, device, p) -> Case:
+    import torch
+    import torch.nn.functional as F
+
+    import fused_lora as fl
+
+    V, D = shape
+    tensors = _draw(device, dtype, {"a": 1.0}, weight=(V, D), a=(rank, V), b=(D, rank))
+    ids = torch.arange(rows, device=device) % min(V, max(1, rows // 3))
+
+    def of(op):
+        return lambda t, **options: op(ids, t["weight"], t["a"], t["b"], scale=SCALE, **options)
+
+    def naive(t):
+        return F.embedding(ids, t["weight"]) + SCALE * F.embedding(ids, t["a"].t()) @ t["b"].t()
+
+    ours, plain = of(fl.lora_embedding), of(fl.reference.lora_embedding)
+    return Case(f"{V}x{D} r={rank}", tensors, ours, plain, naive)
+
+
+def _dept_case(shape, rows, rank, dtype, device, p) -> Case:
+    import torch
+    import torch.nn.functional as F
+
+    import fused_lora as fl
+
+    (V, D), m = shape, 3
+    S = max(1, rows // 2)  # the last tokens are beyond the pair
+    tensors = _draw(device, dtype, {}, weight=(V, D), prompt=(m, D), a=(S, rank), b=(rank, D))
+    ids = torch.arange(4 * rows, device=device).view(4, rows) % min(V, rows)
+
+    def of(op):
+        return lambda t, **options: op(
+            ids, t["weight"], t["prompt"], t["a"], t["b"], scale=SCALE, **options
+        )
+
+    def naive(t):
+        words = F.embedding(ids, t["weight"])
+        first = words[:, :S] + SCALE * t["a"] @ t["b"]
+        return torch.cat((t["prompt"].expand(len(ids), -1, -1), first, words[:, S:]), 1)
+
+    ours, plain = of(fl.dept_embedding), of(fl.reference.dept_embedding)
+    return Case(f"{V}x{D} r={rank} m={m}", tensors, ours, plain, naive)
+
+
+def _threshold_case(rank, device, backend) -> Iterator[Row]:
     """soft_threshold_, which plain torch computes exactly."""
     import torch
 
@@ -178,73 +406,39 @@ def _threshold_case(shape, rows, rank, dtype, device, backend, p) -> Iterator[Ro
     )
 
 
-def _multi_case(shape, rows, rank, dtype, device, backend, p) -> Iterator[Row]:
-    """multi_lora_linear: adapters of several ranks, rows without one, and every gradient."""
+def _compared(op: str, case: Case, backend: str, p: float) -> Iterator[Row]:
+    """A row for y and every gradient of a case, held to the reference in fp64."""
     import torch
-
-    import fused_lora as fl
-    from fused_lora.reference import AdapterSlots
-
-    N, K = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size, std=1.0):
-        return (torch.randn(*size, generator=generator) * std).to(device, dtype)
-
-    ranks = torch.tensor([rank, max(1, rank // 2), rank, 1], dtype=torch.int32, device=device)
-    scale = torch.full((4,), SCALE, device=device)
-    ids = (torch.arange(rows, device=device) * 7) % 5 - 1
-    x, a, bt = draw(rows, K), draw(4, rank, K, std=K**-0.5), draw(4, rank, N)
-    leaves = [t.requires_grad_() for t in (x, a, bt, draw(N), draw(4, rank).float())]
-    weight, dy = draw(N, K, std=K**-0.5), draw(rows, N)
-    options = {"dropout_p": p, "seed": 7} if p else {}
-
-    def of(op, weight, dy, *leaves, **more):
-        x, a, bt, bias, gate = leaves
-        bank = AdapterSlots(a, bt, ranks, scale.to(gate.dtype), gate)
-        y = op(x, weight, bank, ids, bias, **options, **more)
-        return [y, *torch.autograd.grad(y, leaves, dy)]
-
-    def naive():
-        y = torch.nn.functional.linear(x, weight, leaves[3])
-        for j in range(4):
-            own, r = torch.where(ids == j)[0], int(ranks[j])
-            h = (x[own] @ leaves[1][j, :r].t()) * leaves[4][j, :r].to(dtype)
-            y = y.index_add(0, own, SCALE * h @ leaves[2][j, :r])
-        torch.autograd.grad(y, leaves, dy)
-
-    name = f"multi_lora_linear {N}x{K} r<={rank} p={p:g}"
-    outputs = "y", "dx", "da", "dbt", "dbias", "dgate"
-    ops = fl.multi_lora_linear, fl.reference.multi_lora_linear
-    yield from _compared(name, outputs, backend, of, ops, (weight, dy, *leaves), naive)
-
-
-def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
-    """A row for each of of(op, *inputs), held to the reference in fp64."""
 
     from fused_lora.testing import Truth
 
-    op, reference = ops
-    inputs = [t.detach().requires_grad_(i > 1) for i, t in enumerate(inputs)]
+    names = list(case.tensors)
+    leaves = [t.requires_grad_(not case.in_place) for t in case.tensors.values()]
+    options = {"dropout_p": p, "seed": 7} if p else {}
+    with torch.no_grad():
+        dy = torch.randn_like(case.naive(case.tensors))
+
+    def of(call, *inputs, **options):
+        *leaves, dy = inputs
+        y = call(dict(zip(names, leaves, strict=True)), **options)
+        return [y] if case.in_place else [y, *torch.autograd.grad(y, leaves, dy)]
 
     def ours():
-        return of(op, *inputs, backend=backend)
+        return of(case.ours, *leaves, dy, backend=backend, **options)
 
-    def plain(*inputs):
-        return of(reference, *inputs)
-
-    got, truth = ours(), Truth(plain, inputs)
-    ratio = _over(ours, naive, inputs[0].device)
+    outputs = ["y"] if case.in_place else ["y", *(f"d{name}" for name in names)]
+    got = ours()
+    truth = Truth(lambda *inputs: of(case.plain, *inputs, **options), [*leaves, dy])
+    ratio = _over(ours, lambda: of(case.naive, *leaves, dy), dy.device)
     for i, output in enumerate(outputs):
         why = ""
         try:
-            alone = [t if i == k else None for k, t in enumerate(got)]
-            truth.check(outputs, alone)
+            truth.check(outputs, [t if i == k else None for k, t in enumerate(got)])
         except AssertionError as error:
             why = str(error)
         yield Row(
             {
-                "case": f"{name} {str(inputs[0].dtype).removeprefix('torch.')}",
+                "case": f"{op} {case.sizes} {str(dy.dtype).removeprefix('torch.')}",
                 "backend": backend,
                 "output": output,
                 "error": _relative(got[i], truth.true[i]),
@@ -256,11 +450,16 @@ def _compared(name, outputs, backend, of, ops, inputs, naive) -> Iterator[Row]:
         )
 
 
-# For each op its cases, and the probabilities of dropout that they take.
-CASES: dict[str, tuple[Callable[..., Iterator[Row]], tuple[float, ...]]] = {
+# For each op its case, and the probabilities of dropout that it takes.
+CASES: dict[str, tuple[Callable[..., Case], tuple[float, ...]]] = {
     "lora_linear": (_linear_case, (0.0, DROPOUT)),
+    "lora_linear_group": (_group_case, (0.0, DROPOUT)),
+    "lora_add": (_add_case, (0.0, DROPOUT)),
+    "dora_linear": (_dora_case, (0.0,)),
     "multi_lora_linear": (_multi_case, (0.0, DROPOUT)),
-    "soft_threshold_": (_threshold_case, (0.0,)),
+    "multi_lora_add_": (_multi_add_case, (0.0,)),
+    "lora_embedding": (_embedding_case, (0.0,)),
+    "dept_embedding": (_dept_case, (0.0,)),
 }
 
 
@@ -300,19 +499,33 @@ def verify(arguments: argparse.Namespace) -> int:
     skipped: dict[str, str] = {}
     if not arguments.json:
         print(f"{'case':48} backend output   error     torch's   verdict time / naive, roughly")
-    for op, (cases, probabilities) in CASES.items():
-        # The gates are vectors in fp32: soft_threshold_ has one case.
-        of_op = (shapes, dtypes) if op != "soft_threshold_" else (shapes[:1], ["fp32"])
-        for name, shape, short, p in itertools.product(backends, *of_op, probabilities):
+
+    def add(op: str, name: str, dtype: torch.dtype, rows_of: Callable[[], Iterator[Row]]) -> None:
+        if (reason := refusals(op, torch.empty(1, dtype=dtype, device=device))[name]) is not None:
+            short = next(short for short, known in DTYPES.items() if getattr(torch, known) == dtype)
+            skipped[f"{op}, {name}, {short}"] = reason
+            return
+        for row in rows_of():
+            found.append(row)
+            if not arguments.json:
+                print(row.line(), flush=True)
+
+    for op, (make, probabilities) in CASES.items():
+        for name, shape, short, p in itertools.product(backends, shapes, dtypes, probabilities):
             dtype = getattr(torch, DTYPES[short])
-            reason = refusals(op, torch.empty(1, dtype=dtype, device=device))[name]
-            if reason is not None:
-                skipped[f"{op}, {name}, {short}"] = reason
-                continue
-            for row in cases(shape, rows, arguments.rank, dtype, device, name, p):
-                found.append(row)
-                if not arguments.json:
-                    print(row.line(), flush=True)
+
+            def compared(make=make, op=op, name=name, shape=shape, dtype=dtype, p=p):
+                case = make(shape, rows, arguments.rank, dtype, device, p)
+                return _compared(op, case, name, p)
+
+            add(op, name, dtype, compared)
+    for name in backends:
+        add(
+            THRESHOLD,
+            name,
+            torch.float32,
+            lambda name=name: _threshold_case(arguments.rank, device, name),
+        )
     failed = [row for row in found if row["verdict"] != "ok"]
     if arguments.json:
         print(json.dumps({"rows": found, "skipped": skipped, "failed": len(failed)}, indent=1))

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from fused_lora.nn.adapter import (
 from fused_lora.nn.checks import (
     check_choice,
     check_linear,
+    check_no_peft,
     check_number,
     check_probability,
     check_rank,
@@ -32,6 +34,7 @@ from fused_lora.nn.checks import (
     placement,
 )
 from fused_lora.nn.linear import GATE_INITS, KEEP_BASE, LoRALinear, SoRALinear
+from fused_lora.nn.multi import MultiLoRALinear
 from fused_lora.nn.sharded import check_whole
 
 ALL_LINEAR = "all-linear"
@@ -205,7 +208,9 @@ def _names(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def targets_of(model: torch.nn.Module, config: LoRAConfig) -> dict[str, torch.nn.Module]:
-    """{name: module} that `config` names in `model`; ValueError with the nearest names if none."""
+    """{name: module} that `config` names in `model`; ValueError with the nearest names if none, and
+    TypeError for a model of PEFT."""
+    check_no_peft("model", model)
     names = _names(model)
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -223,6 +228,32 @@ def targets_of(model: torch.nn.Module, config: LoRAConfig) -> dict[str, torch.nn
     return targets
 
 
+def _resize_token_embeddings(
+    model, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs
+) -> torch.nn.Module:
+    """transformers' own, which would put a plain layer in the place of an adapted one."""
+    head = model.get_output_embeddings()
+    if isinstance(head, (*ADAPTED, MultiLoRALinear)):
+        old, pad = head.weight.shape[0], pad_to_multiple_of or 1
+        new = old if new_num_tokens is None else new_num_tokens
+        if (new := -(-new // pad) * pad) != old:
+            raise RuntimeError(
+                f"resize_token_embeddings from {old} to {new} tokens would lose the adapter of the "
+                f"output head, a {kind_of(head)}; resize before the adapter is put there"
+            )
+    resize = type(model).resize_token_embeddings
+    return resize(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
+def _keep_head(model: torch.nn.Module, new: Iterable[torch.nn.Module]) -> None:
+    """Let no model of transformers lose an adapted output head."""
+    placed = {id(module) for module in new if isinstance(module, (*ADAPTED, MultiLoRALinear))}
+    for module in model.modules():
+        head = getattr(module, "get_output_embeddings", None)
+        if callable(head) and hasattr(module, "resize_token_embeddings") and id(head()) in placed:
+            module.resize_token_embeddings = functools.partial(_resize_token_embeddings, module)
+
+
 def replace_modules(model: torch.nn.Module, new: Mapping[int, torch.nn.Module]) -> None:
     """Put new[id(module)] in the place of module, everywhere in model where it occurs."""
     names = _names(model)
@@ -234,6 +265,7 @@ def replace_modules(model: torch.nn.Module, new: Mapping[int, torch.nn.Module]) 
             if isinstance(parent, torch.nn.TransformerEncoderLayer):
                 # Its fused inference path reads linear1.weight and would pass the adapter by.
                 parent.activation_relu_or_gelu = 0
+    _keep_head(model, new.values())
 
 
 def _warn_unused(config: LoRAConfig, names: Iterable[str], targets: Iterable[str]) -> None:
@@ -274,14 +306,16 @@ def inject(
         around a quantised layer see LoRAAdapter.
 
     Returns model, which keeps a copy of config as model.fused_lora_config. Make optimisers after
-    this.
+    this. Where the output head of a model of transformers is adapted, its resize_token_embeddings
+    raises RuntimeError for another size: resize before.
 
     Nothing is changed where one of these is raised: TypeError for a model or config of another
-    kind, for a model that is itself the layer (use LoRALinear.from_linear), for a matching module
-    that is none of these, by name, and for what bias or modules_to_save would train of an offloaded
-    layer; ValueError where no module matches, with the nearest names; RuntimeError where the model
-    has adapters already, or is in DistributedDataParallel or FullyShardedDataParallel, which take
-    no new Parameters. A name or pattern that meets nothing beside others that do is a warning.
+    kind, for a model with adapters of PEFT (fl.accelerate takes it), for a model that is itself the
+    layer (use LoRALinear.from_linear), for a matching module that is none of these, by name, and
+    for what bias or modules_to_save would train of an offloaded layer; ValueError where no module
+    matches, with the nearest names; RuntimeError where the model has adapters already, or is in
+    DistributedDataParallel or FullyShardedDataParallel, which take no new Parameters. A name or
+    pattern that meets nothing beside others that do is a warning.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -389,7 +423,7 @@ def _with_adapter(linear, name: str, config: LoRAConfig, adapter_dtype) -> LoRAL
     return LoRALinear.from_linear(linear, **args)
 
 
-def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
+def _adapted_layers(model: torch.nn.Module, merged: bool) -> dict[str, LoRALinear]:
     """The LoRALinear modules of model, all of which must be in the state `merged`."""
     layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALinear)}
     for name, module in named_modules(model):
@@ -404,7 +438,7 @@ def _adapted_layers(model: torch.nn.Module, merged: bool) -> list[LoRALinear]:
     if wrong:
         state = "are not merged" if merged else "are merged already"
         raise RuntimeError(f"{len(wrong)} of {len(layers)} layers {state}: {', '.join(wrong[:5])}")
-    return list(layers.values())
+    return layers
 
 
 def _memory(t: torch.Tensor) -> int:
@@ -417,8 +451,9 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
 
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter, whose
     weight is its base's own, or where parameters are sharded; ValueError where there is no
-    LoRALinear, for another keep_base, or where a weight to merge belongs to another module too,
-    which merging would change; RuntimeError where a layer is merged already, or has its weight on
+    LoRALinear, for another keep_base, where a merged weight would have values that its dtype cannot
+    hold (NaN, fp16 overflow), or where a weight to merge belongs to another module too, which
+    merging would change; RuntimeError where a layer is merged already, or has its weight on
     the meta device.
     """
     check_choice("keep_base", keep_base, KEEP_BASE)
@@ -427,13 +462,15 @@ def merge(model: torch.nn.Module, keep_base: str = "none") -> None:
     for name, module in named_modules(model):
         for own, parameter in module.named_parameters(name, recurse=False):
             owners.setdefault(_memory(parameter), []).append(own)
-    for layer in layers:
+    for layer in layers.values():
         if len(shared := owners[_memory(layer.weight)]) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} are one tied weight, and merging would change all of "
                 f"them; untie them first"
             )
-    for layer in layers:
+    for name, layer in layers.items():
+        layer.check_merge(repr(name))
+    for layer in layers.values():
         layer.merge(keep_base)
 
 
@@ -441,8 +478,11 @@ def unmerge(model: torch.nn.Module) -> None:
     """LoRALinear.unmerge of every adapted layer of model.
 
     Raises before anything is written: NotImplementedError where there is a LoRAAdapter or
-    parameters are sharded, ValueError where there is no LoRALinear, RuntimeError where a layer is
-    not merged or is on the meta device.
+    parameters are sharded, ValueError where there is no LoRALinear or a weight would not be finite,
+    RuntimeError where a layer is not merged or is on the meta device.
     """
-    for layer in _adapted_layers(model, merged=True):
+    layers = _adapted_layers(model, merged=True)
+    for name, layer in layers.items():
+        layer.check_merge(repr(name))
+    for layer in layers.values():
         layer.unmerge()

@@ -48,9 +48,10 @@ def pack_slots(
         bt_slots[j, : a.shape[0]] = b.t()
         if gate is not None:
             gates[j, : a.shape[0]] = gate
-    rank = torch.tensor([a.shape[0] for a, *_ in adapters], dtype=torch.int32)
-    scale = torch.tensor([s for _, _, s, _ in adapters], dtype=torch.float32)
-    return AdapterSlots(a_slots, bt_slots, rank.to(first_a.device), scale.to(first_a.device), gates)
+    device = first_a.device
+    rank = torch.tensor([a.shape[0] for a, *_ in adapters], dtype=torch.int32, device=device)
+    scale = torch.tensor([s for _, _, s, _ in adapters], dtype=torch.float32, device=device)
+    return AdapterSlots(a_slots, bt_slots, rank, scale, gates)
 
 
 def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

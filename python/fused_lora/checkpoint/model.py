@@ -406,6 +406,8 @@ def _check_layers(
             t = getattr(weights, part)
             _check_shape(f"{dir}: {part} of {name}", t, shape)
             check_cast(f"{dir}: {part} of {name}", t, getattr(layer, part).dtype)
+        if swap and isinstance(layer, LoRALinear):
+            layer.checked_swap(weights.lora_a, weights.lora_b, weights.scale, weights.gate, name)
 
 
 def _check_shape(what: str, t: Tensor, shape: Iterable[int]) -> None:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from fused_lora.nn.checks import (
     check_choice,
+    check_no_peft,
     check_number,
     check_probability,
     check_rank,
@@ -62,8 +63,9 @@ class LoRAAdapter(torch.nn.Module):
 
     merge() is refused: only the base knows how its weight is written.
 
-    Raises TypeError for what is no Module, a convolution, a layer that has an adapter, or one whose
-    features are not known; TypeError and ValueError that name the argument for the others.
+    Raises TypeError for what is no Module, a convolution, a layer that has an adapter (PEFT's too),
+    or one whose features are not known; TypeError and ValueError that name the argument for the
+    others.
     """
 
     base_layer: torch.nn.Module
@@ -77,7 +79,7 @@ class LoRAAdapter(torch.nn.Module):
         in_features: int | None = None,
         out_features: int | None = None,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init: bool | str = "kaiming",
@@ -119,6 +121,10 @@ class LoRAAdapter(torch.nn.Module):
         init_adapter_(self.lora_a, self.lora_b, self.init)
         if self.gate is not None:
             init_gate_(self.gate, self.gate_init)
+
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew: what is trained. The base is left as it is."""
+        self.reset_lora_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         base_out = self.base_layer(input)
@@ -189,7 +195,11 @@ class LoRAAdapter(torch.nn.Module):
         return text
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(fn if self.gate is None else leaving_wide(fn, self.gate), recurse)
+        from_meta = self.lora_a.is_meta
+        super()._apply(fn if self.gate is None else leaving_wide(fn, self.gate), recurse)
+        if from_meta and not self.lora_a.is_meta:  # to_empty, as in LoRALinear
+            self.reset_lora_parameters()
+        return self
 
 
 # What inject gives a layer.
@@ -206,6 +216,7 @@ def check_base(name: str, base) -> None:
         )
     if isinstance(base, ADAPTED):
         raise TypeError(f"{name} is a {kind_of(base)}, which has an adapter already")
+    check_no_peft(name, base)
 
 
 def check_adapter_dtype(dtype: torch.dtype | None) -> None:

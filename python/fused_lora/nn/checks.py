@@ -1,7 +1,6 @@
 """Checks of what modules and their configurations are made from."""
 
 from collections.abc import Sequence
-from sys import float_info
 
 import torch
 from torch.nn import Parameter
@@ -22,9 +21,8 @@ def check_number(name: str, value) -> None:
         raise TypeError(
             f"{name} must be a number, got {shown(value)} of type {type(value).__name__}"
         )
-    # An int that no float holds is not finite either.
-    if not -float_info.max <= value <= float_info.max:
-        raise ValueError(f"{name} must be finite, got {shown(value)}")
+    if not -check.LARGEST <= value <= check.LARGEST:
+        raise ValueError(f"{name} must be finite in fp32, got {shown(value)}")
 
 
 def check_probability(name: str, p) -> None:
@@ -83,6 +81,27 @@ def keep_unpacked_(module: torch.nn.Module) -> bool:
         weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
         state.absmax = scales
     return bool(packs)
+
+
+# What PEFT's layers and models are, which need not be there.
+_PEFT_KINDS = {
+    "peft.tuners.tuners_utils.BaseTunerLayer",
+    "peft.utils.other.AuxiliaryTrainingWrapper",
+    "peft.peft_model.PeftModel",
+}
+
+
+def check_no_peft(what: str, model: torch.nn.Module) -> None:
+    """Raise TypeError where PEFT has put adapters into a model: to adapt or freeze what is in them
+    would undo them."""
+    for name, module in model.named_modules():
+        bases = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+        if not _PEFT_KINDS.isdisjoint(bases):
+            where = f"{name!r} in it" if name else "it"
+            raise TypeError(
+                f"{what} has adapters of PEFT: {where} is a {kind_of(module)}; use "
+                f"fl.accelerate(peft_model), or give the base model, peft_model.unload()"
+            )
 
 
 def placement(module: torch.nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora.files import Header, read_whole, shown, shown_name, write_files
-from fused_lora.nn.checks import check_choice, check_number, check_rank
+from fused_lora.nn.checks import check_choice, check_no_peft, check_number, check_rank
 from fused_lora.nn.embedding import DePTEmbedding
 from fused_lora.nn.linear import lora_scale
 
@@ -67,6 +67,7 @@ class DePT(torch.nn.Module):
         input_embeddings = getattr(model, "get_input_embeddings", None)
         if not callable(input_embeddings):
             raise TypeError(f"model must have get_input_embeddings(), got a {type(model).__name__}")
+        check_no_peft("model", model)
         super().__init__()
         self.embedding = DePTEmbedding.from_embedding(
             input_embeddings(), prompt_length, max_length, r, lora_alpha, use_rslora,
@@ -84,6 +85,16 @@ class DePT(torch.nn.Module):
     @property
     def config(self):
         return self.model.config
+
+    def reset_parameters(self) -> None:
+        """Draw prompt and pair anew; the model is left as it is."""
+        self.embedding.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # to_empty gives each of the two places memory of its own.
+        self.embedding.weight = self.model.get_input_embeddings().weight
+        return self
 
     def _positions(self, attention_mask: Tensor | None) -> Tensor | None:
         """-1 where the mask is 0; elsewhere how many tokens come before."""

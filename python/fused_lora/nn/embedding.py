@@ -80,6 +80,9 @@ class DePTEmbedding(torch.nn.Embedding):
             tensor or a list of ids takes those words, over and over until there are m.
         adapter_dtype: dtype of prompt, A and B: None is the weight's; torch.float32 keeps masters.
 
+    Built on the meta device, prompt and pair are drawn by to_empty(), but that a prompt of words is
+    NaN until a state_dict brings the words, or reset_parameters() is called where they are.
+
     Raises TypeError and ValueError that name the argument, before anything is allocated.
     """
 
@@ -152,7 +155,9 @@ class DePTEmbedding(torch.nn.Embedding):
         if isinstance(prompt_init, str):
             check_choice("prompt_init", prompt_init, PROMPT_INITS)
             return
-        ids = torch.as_tensor(prompt_init)
+        ids = prompt_init
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(ids, device="cpu")
         if ids.dtype not in check.INTEGERS or ids.ndim != 1 or not len(ids):
             raise ValueError(
                 f"prompt_init must be one of {', '.join(map(repr, PROMPT_INITS))} or the ids of "
@@ -167,6 +172,7 @@ class DePTEmbedding(torch.nn.Embedding):
         self.prompt_length, self.max_length = prompt_length, max_length
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.init, self.prompt_init = init, prompt_init
+        self._wordless = False  # weight has no words yet that a prompt could be made of
         self.scale = lora_scale(lora_alpha, r, use_rslora)
         self.weight.requires_grad_(False)
         dtype, D = adapter_dtype or self.weight.dtype, self.embedding_dim
@@ -176,6 +182,13 @@ class DePTEmbedding(torch.nn.Embedding):
         if prompt_length:
             self.prompt = Parameter(self.weight.new_empty(prompt_length, D, dtype=dtype))
         self.reset_dept_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw prompt and pair anew: what is trained. weight is left as it is."""
+        if "lora_a" in self._parameters:
+            self.reset_dept_parameters()
+        else:  # nn.Embedding's own construction
+            super().reset_parameters()
 
     @torch.no_grad()
     def reset_dept_parameters(self) -> None:
@@ -188,6 +201,10 @@ class DePTEmbedding(torch.nn.Embedding):
             torch.nn.init.kaiming_uniform_(self.lora_b, a=math.sqrt(5))
         else:
             torch.nn.init.zeros_(self.lora_b)
+        self._draw_prompt()
+
+    @torch.no_grad()
+    def _draw_prompt(self) -> None:
         if self.prompt is None:
             return
         if isinstance(self.prompt_init, str) and self.prompt_init == "random":
@@ -200,6 +217,23 @@ class DePTEmbedding(torch.nn.Embedding):
             given = torch.as_tensor(self.prompt_init, device=device).long()
             ids = given[torch.arange(self.prompt_length, device=device) % len(given)]
         self.prompt.copy_(self.weight[ids])
+
+    def _apply(self, fn, recurse=True):
+        from_meta = self.lora_a.is_meta
+        super()._apply(fn, recurse)
+        if from_meta and not self.lora_a.is_meta:  # to_empty: memory without values
+            self.reset_dept_parameters()
+            if self.prompt is not None and self.prompt_init != "random":
+                torch.nn.init.constant_(self.prompt, math.nan)
+                self._wordless = True
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._wordless and f"{prefix}weight" in state_dict:
+            self._wordless = False
+            if f"{prefix}prompt" not in state_dict:
+                self._draw_prompt()
 
     def forward(
         self, input: Tensor, positions: Tensor | None = None, with_prompt: bool = True
@@ -251,7 +285,7 @@ class LoRAEmbedding(torch.nn.Embedding):
         dtype: torch.dtype | None = None,
         *,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         use_rslora: bool = False,
         init: bool = True,
         adapter_dtype: torch.dtype | None = None,
@@ -266,7 +300,7 @@ class LoRAEmbedding(torch.nn.Embedding):
         cls,
         embedding: torch.nn.Embedding,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         use_rslora: bool = False,
         init: bool = True,
         *,
@@ -300,6 +334,20 @@ class LoRAEmbedding(torch.nn.Embedding):
         self.lora_a = Parameter(self.weight.new_empty(r, self.num_embeddings, dtype=dtype))
         self.lora_b = Parameter(self.weight.new_empty(self.embedding_dim, r, dtype=dtype))
         self.reset_lora_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew: what is trained. weight is left as it is."""
+        if "lora_a" in self._parameters:
+            self.reset_lora_parameters()
+        else:  # nn.Embedding's own construction
+            super().reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        from_meta = self.lora_a.is_meta
+        super()._apply(fn, recurse)
+        if from_meta and not self.lora_a.is_meta:  # to_empty: memory without values
+            self.reset_lora_parameters()
+        return self
 
     def reset_lora_parameters(self) -> None:
         """Draw the adapter anew, as `init` says."""

@@ -5,7 +5,7 @@ Symbols: x [..., K], weight W0 [N, K] and bias [N] frozen, lora_a A [R, K], lora
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -112,12 +112,13 @@ def set_adapter_(layer, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None) -> 
             setattr(layer, name, Parameter(value.clone(), requires_grad=old.requires_grad))
 
 
-@torch.no_grad()
-def _merge_into(weight: Tensor, base: Tensor, products: Sequence[Product]) -> None:
-    """weight <- round(base + sum of scale * B diag(g) A), summed in fp32 (fp64 for fp64).
+def _merged_blocks(
+    weight: Tensor, base: Tensor, products: Sequence[Product]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows of weight, the fp32 sums for them) of base + sum of scale * B diag(g) A; fp64 for fp64.
 
-    weight, base [N, K], which may be one tensor. Worked in blocks of rows: what is allocated is one
-    block and the adapters in fp32, never a second W0.
+    weight, base [N, K], which may be one tensor. What is allocated is one block of rows and the
+    adapters in fp32, never a second W0.
     """
     N, K = weight.shape
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -131,7 +132,39 @@ def _merge_into(weight: Tensor, base: Tensor, products: Sequence[Product]) -> No
         for scale, a, b, gate in products:
             b = b[here].to(wide)
             part.addmm_(b if gate is None else b * gate, a, alpha=scale)
-        weight[here].copy_(part)
+        yield weight[here], part
+
+
+@torch.no_grad()
+def _merge_into(weight: Tensor, base: Tensor, products: Sequence[Product]) -> None:
+    """weight <- round(base + sum of scale * B diag(g) A), summed in fp32 (fp64 for fp64)."""
+    for rows, sums in _merged_blocks(weight, base, products):
+        rows.copy_(sums)
+
+
+@torch.no_grad()
+def _check_merged(name: str, weight: Tensor, base: Tensor, products: Sequence[Product]) -> None:
+    """Raise ValueError where _merge_into would write NaN or infinity."""
+    if _is_bounded(weight, base, products):
+        return
+    for rows, sums in _merged_blocks(weight, base, products):
+        if not bool(sums.to(rows.dtype).isfinite().all()):
+            raise ValueError(f"{name}: weight would have values that {weight.dtype} cannot hold")
+
+
+def _is_bounded(weight: Tensor, base: Tensor, products: Sequence[Product]) -> bool:
+    """Whether no element of base + sum of scale * B diag(g) A can come near the largest of weight's
+    dtype; NaN is not bounded. It takes one read of base, where the sums would take a product."""
+    if not weight.numel():
+        return True
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    low, high = base.aminmax()
+    bound = torch.maximum(-low, high).to(weight.device, wide)
+    for scale, a, b, gate in products:
+        b = b.to(wide) if gate is None else b.to(wide) * gate
+        norms = [torch.linalg.vector_norm(t.to(wide), dim=d).amax() for t, d in ((a, 0), (b, 1))]
+        bound = bound + abs(scale) * norms[0] * norms[1]
+    return bool(bound < torch.finfo(weight.dtype).max / 2)
 
 
 class LoRALinear(torch.nn.Linear):
@@ -174,7 +207,7 @@ class LoRALinear(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init: bool | str = "kaiming",
@@ -190,7 +223,7 @@ class LoRALinear(torch.nn.Linear):
         cls: type[Layer],
         linear: torch.nn.Linear,
         r: int = 8,
-        lora_alpha: float = 16,
+        lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init: bool | str = "kaiming",
@@ -256,6 +289,13 @@ class LoRALinear(torch.nn.Linear):
             )
         self._draw_adapter()
 
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew: what is trained. weight and bias are left as they are."""
+        if "lora_a" in self._parameters:
+            self.reset_lora_parameters()
+        else:  # nn.Linear's own construction
+            super().reset_parameters()
+
     def _draw_adapter(self) -> None:
         init_adapter_(self.lora_a, self.lora_b, self.init)
 
@@ -292,6 +332,14 @@ class LoRALinear(torch.nn.Linear):
     def _product(self, sign: int) -> Product:
         return sign * self.scale, self.lora_a, self.lora_b, self.gate
 
+    def check_merge(self, name: str = "this layer") -> None:
+        """Raise ValueError where merge(), or unmerge() of a merged layer, would write NaN or
+        infinity."""
+        if self.merged and self._base is not None:
+            return  # unmerge() copies what was there
+        product = self._product(-1 if self.merged else +1)
+        _check_merged(name, self.weight, self.weight, [product])
+
     def merge(self, keep_base: str = "none") -> None:
         """W <- round(W0 + scale * B diag(g) A), in place; it now costs what nn.Linear costs.
 
@@ -309,15 +357,17 @@ class LoRALinear(torch.nn.Linear):
         says so: a merged layer loads no state_dict, and no LoRALinear loads that of a merged one,
         where the adapter would count twice.
 
-        Raises RuntimeError where it is merged already, or has no values (meta device), ValueError
-        for another keep_base, NotImplementedError where the parameters are sharded (FSDP2, tensor
-        parallel).
+        Raises before anything is written: RuntimeError where it is merged already, or has no values
+        (meta device), ValueError for another keep_base, and where a sum is NaN, infinite or beyond
+        what the weight's dtype holds, NotImplementedError where the parameters are sharded (FSDP2,
+        tensor parallel).
         """
         check_choice("keep_base", keep_base, KEEP_BASE)
         check_whole("merge", "", self)
         self.check_values()
         if self.merged:
             raise RuntimeError("the adapter is merged already; call unmerge() first")
+        self.check_merge()
         base = None
         if keep_base == "cpu":
             base = self.weight.detach().to("cpu", copy=True)
@@ -331,13 +381,15 @@ class LoRALinear(torch.nn.Linear):
     def unmerge(self) -> None:
         """Give W0 back, in place: bit for bit where it was kept, else within what merge() states.
 
-        Raises RuntimeError where the adapter is not merged, or has no values (meta device),
-        NotImplementedError where the parameters are sharded.
+        Raises before anything is written: RuntimeError where the adapter is not merged, or has no
+        values (meta device), ValueError where the weight would not be finite (an adapter that was
+        changed while merged), NotImplementedError where the parameters are sharded.
         """
         self.check_values()
         if not self.merged:
             raise RuntimeError("the adapter is not merged; there is nothing to undo")
         check_whole("unmerge", "", self)
+        self.check_merge()
         if self._base is None:
             _merge_into(self.weight, self.weight, [self._product(-1)])
         else:
@@ -368,30 +420,47 @@ class LoRALinear(torch.nn.Linear):
         gate: [R'], for SoRALinear, where None stands for ones.
 
         The tensors may be on any device and are cast to the dtype of the adapter. Raises TypeError
-        and ValueError, RuntimeError on the meta device, and NotImplementedError where the
-        parameters are sharded, before anything is written.
+        and ValueError (of a merged layer also where the weight would not be finite), RuntimeError
+        on the meta device, and NotImplementedError where the parameters are sharded, before
+        anything is written.
         """
+        new = self.checked_swap(lora_a, lora_b, scale, gate)
+        if self.merged:
+            _merge_into(self.weight, *self._swapped(new))
+        if scale is not None:
+            self.lora_alpha = scale / self._scale_of(1, lora_a.shape[0])
+        self.scale, *adapter = new
+        set_adapter_(self, *adapter)
+
+    @torch.no_grad()
+    def checked_swap(self, lora_a, lora_b, scale, gate, name: str = "this layer") -> Product:
+        """Raise what swap() would raise; (scale, lora_a, lora_b, gate) as the layer would have
+        them."""
         check_swap(self, lora_a, lora_b, scale, gate)
-        self.check_values()
+        self.check_values(name)
         R = lora_a.shape[0]
         a, b = lora_a.to(self.lora_a), lora_b.to(self.lora_b)
         if self.gate is not None:
             gate = a.new_ones(R, dtype=torch.float32) if gate is None else gate.to(self.gate)
-        if scale is None:
-            scale = self._scale_of(self.lora_alpha, R)
-        else:
-            self.lora_alpha = scale / self._scale_of(1, R)
+        scale = self._scale_of(self.lora_alpha, R) if scale is None else scale
+        new: Product = (scale, a, b, gate)
         if self.merged:
-            new: Product = (scale, a, b, gate)
-            if self._base is None:
-                _merge_into(self.weight, self.weight, [self._product(-1), new])
-            else:
-                _merge_into(self.weight, self._base, [new])
-        self.scale = scale
-        set_adapter_(self, a, b, gate)
+            _check_merged(name, self.weight, *self._swapped(new))
+        return new
+
+    def _swapped(self, new: Product) -> tuple[Tensor, list[Product]]:
+        """What a merged layer makes its weight of in a swap: the base, and what is added to it."""
+        if self._base is None:
+            return self.weight, [self._product(-1), new]
+        return self._base, [new]
 
     def _apply(self, fn, recurse=True):
+        from_meta = self.lora_a.is_meta
         super()._apply(fn, recurse)
+        if from_meta and not self.lora_a.is_meta:
+            # to_empty gives memory without values; whoever loads a base has none for the adapter.
+            self.merged, self._base, self._keep_base = False, None, "none"
+            self.reset_lora_parameters()
         if self._base is not None:
             device = self._base.device if self._keep_base == "cpu" else self.weight.device
             self._base = self._base.to(device, self.weight.dtype)

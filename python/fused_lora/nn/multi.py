@@ -99,6 +99,21 @@ class MultiLoRALinear(torch.nn.Linear):
         if not hasattr(self, "bank"):
             super().reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """Empty the bank; weight and bias are left as they are.
+
+        Raises RuntimeError where the adapters are those of an AdapterStore.
+        """
+        if "bank" not in vars(self):  # nn.Linear's own construction
+            super().reset_parameters()
+            return
+        if len(self.bank) and self.current_routing is not _no_routing:
+            raise RuntimeError(
+                f"adapters {self.bank.names} belong to an AdapterStore; remove them there"
+            )
+        for name in self.bank.names:
+            self.bank.remove(name)
+
     def forward(self, input: Tensor, adapter_ids: Tensor | AdapterRouting | None = None) -> Tensor:
         ids = adapter_ids
         if ids is None and self.store is not None:

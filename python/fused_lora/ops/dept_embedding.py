@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 from fused_lora.ops.lora_linear import shaped
@@ -298,7 +299,8 @@ def _prepare(ids, weight, prompt, lora_a, lora_b, *, scale=1.0, positions=None):
         positions = _check_positions(ids, positions)
     if isinstance(scale, Tensor):
         # So that the value of a scale that lives on the device is never read by the host.
-        lora_b, scale = lora_b * scale.to(lora_b.device), 1.0
+        exact = wide(weight.dtype)
+        lora_b, scale = lora_b.to(exact) * scale.to(weight.device, exact), 1.0
     return ids, weight, prompt, lora_a, lora_b, positions, float(scale)
 
 
@@ -344,6 +346,10 @@ def dept_embedding(
     args = _prepare(ids, weight, prompt, lora_a, lora_b, scale=scale, positions=positions)
     trained = [t for t in args[1:5] if t is not None and t.requires_grad]
     with without_autocast(weight):
+        if dispatch.transformed():
+            dispatch.check_transformed(OP, backend)
+            *tensors, positions, scale = args
+            return reference.dept_embedding(*tensors, scale=scale, positions=positions)
         if torch.is_grad_enabled() and trained:
             return DePTEmbeddingFunction.apply(*args, backend)
         run: Callable = (

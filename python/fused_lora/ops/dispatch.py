@@ -108,10 +108,25 @@ def watched(x: torch.Tensor) -> bool:
     )
 
 
+def transformed() -> bool:
+    """True within torch.func's grad, vmap and jacrev, which see through no autograd Function that
+    keeps what its forward made."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def traced(x: torch.Tensor) -> bool:
     """True where what is made of x, or beside it, may be a tracer's or a transform's tensor, which
     must not be kept for a later call."""
-    return watched(x) or torch._C._functorch.peek_interpreter_stack() is not None
+    return watched(x) or transformed()
+
+
+def check_transformed(op: str, backend: str) -> None:
+    """Raise NotImplementedError for a kernel within torch.func, where only plain PyTorch runs."""
+    if backend != "torch":
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} has no transforms of torch.func (grad, vmap, jacrev); "
+            f"backend='torch' has"
+        )
 
 
 def never_refuses(x: torch.Tensor) -> str | None:
@@ -176,7 +191,10 @@ def backends() -> dict[str, str | None]:
         probe = torch.empty(0, device="cuda")
         reasons |= {"triton": triton_refuses(probe), "cuda": cuda_refuses(probe)}
     else:
-        reasons |= {"triton": triton_refuses(torch.empty(0)), "cuda": _extension.why_missing()}
+        reasons |= {
+            "triton": triton_refuses(torch.empty(0, device="cpu")),
+            "cuda": _extension.why_missing(),
+        }
         if reasons["cuda"] is None and not _extension.emulates():
             reasons["cuda"] = "torch sees no CUDA device"
     chosen = choose(None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch, lora_linear
 from fused_lora.ops import validation as check
 from fused_lora.ops.dept_embedding import without_autocast
@@ -109,7 +110,7 @@ def _prepare(x, weight, lora_a, lora_b, magnitude, bias=None, *, scale):
     check.check_tensor(OP, "magnitude", magnitude)
     check.check_shape(OP, "magnitude", magnitude, (weight.shape[0],), "[N]")
     check.check_device(OP, "magnitude", magnitude, x)
-    number, gate = scaled_gate(scale, None, lora_a)
+    number, gate = scaled_gate(scale, None, lora_a, x)
     frozen = None if bias is None else bias.detach()
     unscaled = x, weight, lora_a, lora_b, frozen, gate, None, number, 0.0, None
     return unscaled, before, magnitude, bias
@@ -163,6 +164,9 @@ def dora_linear(
     if not torch.compiler.is_compiling():  # there lora_linear asks when it runs
         dispatch.require(OP, backend, REFUSALS, args[0])
     with without_autocast(args[0]):
+        if dispatch.transformed():
+            dispatch.check_transformed(OP, backend)
+            return reference.dora_linear(*args[:4], magnitude, bias, scale=scale)
         return _run(args, column_factor(*before, magnitude, scale), bias, backend)
 
 

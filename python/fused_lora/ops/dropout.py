@@ -21,7 +21,7 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float, columns: Columns = None
     if not seed.is_cpu or _extension.why_missing() is not None:
         return reference.dropout_mask(seed, M, K, p, columns)
     first, total = columns or (0, K)
-    mask = torch.empty(M, K, dtype=torch.uint8)
+    mask = torch.empty(M, K, dtype=torch.uint8, device=seed.device)
     threshold = reference.dropout_threshold(p)
     torch.ops.fused_lora.dropout_mask_cpu(
         seed.reshape(1), threshold, first // 8, (total + 7) // 8, mask

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch, lora_linear_group
 from fused_lora.ops import validation as check
 from fused_lora.ops.lora_linear import (
@@ -145,12 +146,16 @@ def _prepare(
 ):
     """The op's arguments, checked, after autocast."""
     base_out, x, lora_a, lora_b = _check(base_out, x, lora_a, lora_b, gate, scale, dropout_p, seed)
-    scale, gate = scaled_gate(scale, gate, lora_a)
+    scale, gate = scaled_gate(scale, gate, lora_a, x)
     seed, dropout_p = drawn(x, dropout_p, training, seed)
     return base_out, x, lora_a, lora_b, gate, seed, scale, dropout_p
 
 
 def _run(args, backend: str) -> Tensor:
+    if dispatch.transformed():
+        dispatch.check_transformed("lora_add", backend)
+        *tensors, gate, seed, scale, p = args
+        return reference.lora_add(*tensors, scale=scale, gate=gate, dropout_p=p, seed=seed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return LoRAAddFunction.apply(*args, backend)
     forward: Callable = torch.ops.fused_lora.lora_add if dispatch.watched(args[1]) else _forward

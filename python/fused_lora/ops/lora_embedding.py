@@ -14,9 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
-from fused_lora.ops.dept_embedding import check_bounds, check_ids, check_table, without_autocast
+from fused_lora.ops.dept_embedding import (
+    check_bounds,
+    check_ids,
+    check_table,
+    wide,
+    without_autocast,
+)
 from fused_lora.ops.lora_linear import shaped
 
 OP = "lora_embedding"
@@ -194,7 +201,8 @@ def _prepare(ids, weight, lora_a, lora_b, *, scale, padding_idx=None):
         check.check_adapter_dtype(OP, name, t, weight)
     if isinstance(scale, Tensor):
         # So that the value of a scale that lives on the device is never read by the host.
-        lora_b, scale = lora_b * scale.to(lora_b.device), 1.0
+        exact = wide(weight.dtype)
+        lora_b, scale = lora_b.to(exact) * scale.to(weight.device, exact), 1.0
     return ids, weight, lora_a, lora_b, float(scale), padding_idx
 
 
@@ -236,6 +244,10 @@ def lora_embedding(
     backend = dispatch.choose(backend)
     args = _prepare(ids, weight, lora_a, lora_b, scale=scale, padding_idx=padding_idx)
     with without_autocast(weight):
+        if dispatch.transformed():
+            dispatch.check_transformed(OP, backend)
+            *tensors, scale, _ = args
+            return reference.lora_embedding(*tensors, scale=scale, padding_idx=padding_idx)
         if torch.is_grad_enabled() and any(t.requires_grad for t in args[1:4]):
             return LoRAEmbeddingFunction.apply(*args, backend)
         run: Callable = (

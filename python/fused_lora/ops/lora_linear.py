@@ -348,13 +348,16 @@ def _check(x, weight, lora_a, lora_b, bias, gate, scale, dropout_p, seed, column
     return x, weight, lora_a, lora_b, bias
 
 
-def scaled_gate(scale, gate: Tensor | None, lora_a: Tensor) -> tuple[float, Tensor | None]:
-    """(scale, gate) with a scale that lives on the device in the gate, so that its value is never
-    read by the host."""
+def scaled_gate(
+    scale, gate: Tensor | None, lora_a: Tensor, x: Tensor
+) -> tuple[float, Tensor | None]:
+    """(scale, gate) with a scale that lives on the device in the gate, fp32 (fp64 for fp64), so
+    that its value is never read by the host."""
     if not isinstance(scale, Tensor):
         return float(scale), gate
-    ones = lora_a.new_ones(lora_a.shape[0], dtype=torch.float32)
-    return 1.0, (ones if gate is None else gate) * scale.to(lora_a.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = lora_a.new_ones(lora_a.shape[0], dtype=wide) if gate is None else gate.to(wide)
+    return 1.0, gate * scale.to(x.device, wide)
 
 
 def drawn(x: Tensor, dropout_p: float, training: bool, seed) -> tuple[Tensor | None, float]:
@@ -388,12 +391,23 @@ def _prepare(
     others = gate, scale, dropout_p, seed, dropout_columns
     if not _usual(*tensors, *others):
         x, weight, lora_a, lora_b, bias = _check(*tensors, *others)
-    scale, gate = scaled_gate(scale, gate, lora_a)
+    scale, gate = scaled_gate(scale, gate, lora_a, x)
     seed, dropout_p = drawn(x, dropout_p, training, seed)
     return x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, dropout_columns
 
 
+def _run_reference(x, weight, lora_a, lora_b, bias, gate, seed, scale, dropout_p, columns):
+    """The op of plain PyTorch, for torch.func, whose dropout has a seed where it acts."""
+    return reference.lora_linear(
+        x, weight, lora_a, lora_b, bias, scale=scale, gate=gate, dropout_p=dropout_p,
+        seed=seed, dropout_columns=columns,
+    )  # fmt: skip
+
+
 def _run(args, backend: str) -> Tensor:
+    if dispatch.transformed():
+        dispatch.check_transformed("lora_linear", backend)
+        return _run_reference(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
         return LoRALinearFunction.apply(*args, backend)
     forward: Callable = torch.ops.fused_lora.lora_linear if dispatch.watched(args[0]) else _forward
@@ -440,7 +454,8 @@ def lora_linear(
     (see fused_lora.why).
 
     Gradients: x, weight, lora_a, lora_b, bias, gate, whichever require it; once differentiable.
-    Saved for them are x, the adapters, h [M, R] and the seed.
+    Saved for them are x, the adapters, h [M, R] and the seed. Within torch.func's grad, vmap and
+    jacrev the "torch" backend is fused_lora.reference.lora_linear; so it is with the other ops.
 
     Raises TypeError (not a tensor; dtype), ValueError (shape, device, rank 0, scale, dropout_p,
     seed, dropout_columns, backend), NotImplementedError (tensor subclass, sparse layout,

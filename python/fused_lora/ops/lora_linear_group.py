@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_lora import reference
 from fused_lora.ops import dispatch, lora_linear
 from fused_lora.ops import validation as check
 from fused_lora.ops.lora_linear import (
@@ -397,7 +398,7 @@ def _check_one(op, i, x, weight, a, b, bias, gate, scale, dropout_p, seed):
     weight, bias = check.checked_base(op, x, weight, bias, spelled)
     if a is not None and b is not None:
         a, b = check.checked_adapter(op, x, weight.shape[0], a, b, gate, scale, spelled)
-        scale, gate = scaled_gate(scale, gate, a)
+        scale, gate = scaled_gate(scale, gate, a, x)
         return x, (weight, a, b, bias, gate, scale)
     halves = ("lora_a", a), ("lora_b", b), ("gate", gate)
     if wrong := [spelled(name) for name, t in halves if t is not None]:
@@ -439,6 +440,12 @@ def _prepare(
 
 def _run(args, backend: str) -> list[Tensor]:
     x, n, scales, seed, dropout_p, tensors = args
+    if dispatch.transformed():
+        dispatch.check_transformed("lora_linear_group", backend)
+        *tensors, gates = tensors
+        return reference.lora_linear_group(
+            x, *tensors, scales=scales, gates=gates, dropout_p=dropout_p, seed=seed
+        )
     flat = [t for of_kind in tensors for t in of_kind]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         return list(LoRALinearGroupFunction.apply(x, n, scales, seed, dropout_p, backend, *flat))

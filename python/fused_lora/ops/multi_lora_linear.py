@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fused_lora import reference
@@ -177,8 +178,8 @@ class _Batched(NamedTuple):
             places += range((slot - first) * height, (slot - first) * height + end - begin)
         n = (last - first) * height
         adjacent = rows == [*range(rows[0], rows[0] + n)] and places == [*range(n)]
-        made = torch.tensor(rows), torch.tensor(places), rows[0] if adjacent else None
-        return cls(first, last, few[0].rank, height, *made)
+        on_cpu = [torch.tensor(of, device="cpu") for of in (rows, places)]
+        return cls(first, last, few[0].rank, height, *on_cpu, rows[0] if adjacent else None)
 
     def product(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
         """alpha * each of `rows` of t [..., D] times its own slot of slots [P, D, C]."""
@@ -642,6 +643,14 @@ def _route_of(op: str, adapter_ids, slots: Slots, x: Tensor) -> Route:
     return Route(routing.ids, routing.order, routing.offsets)
 
 
+def _check_not_transformed(op: str) -> None:
+    if dispatch.transformed() and forward_ad._current_level < 0:  # tangents are refused by name
+        raise NotImplementedError(
+            f"{op} has no transforms of torch.func (grad, vmap, jacrev), as its rows are sorted on "
+            f"the host; call lora_linear with the adapter's own tensors there"
+        )
+
+
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -684,6 +693,7 @@ def multi_lora_linear(
     """
     op = "multi_lora_linear"
     backend = dispatch.choose(backend)
+    _check_not_transformed(op)
     check.check_tensor(op, "x", x)
     check.check_tensor(op, "weight", weight)
     if bias is not None:
@@ -767,6 +777,7 @@ def multi_lora_add_(
     """
     op = "multi_lora_add_"
     backend = dispatch.choose(backend)
+    _check_not_transformed(op)
     for name, t in (("y", y), ("x", x)):
         check.check_tensor(op, name, t)
     if x.ndim < 1:

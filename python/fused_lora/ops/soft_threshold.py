@@ -164,5 +164,5 @@ def soft_threshold_(
 
 @dispatch.explains("soft_threshold_")
 def _explain(gates, xi, *, official_compat=False, backend=None):
-    first = next(iter(_check(gates, xi, official_compat)), torch.empty(0))
+    first = next(iter(_check(gates, xi, official_compat)), torch.empty(0, device="cpu"))
     return dispatch.check_backend(backend) or BEST, first, REFUSALS

@@ -5,7 +5,6 @@ Each names the argument, what came and what is wanted.
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd import forward_ad
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-LARGEST = sys.float_info.max
+LARGEST = torch.finfo(torch.float32).max  # a scale is a number in fp32
 Spelled = Callable[[str], str]
 
 
@@ -103,7 +102,7 @@ def check_adapter_dtype(op: str, name: str, value: Tensor, x: Tensor) -> None:
 
 
 def check_scale(op: str, scale, name: str = "scale") -> None:
-    """A finite real number, or a 0-d floating tensor (whose value is not read)."""
+    """A real number, finite in fp32, or a 0-d floating tensor (whose value is not read)."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
@@ -113,8 +112,8 @@ def check_scale(op: str, scale, name: str = "scale") -> None:
         check_tangent(op, name, scale)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(scale).__name__}")
-    elif not -LARGEST <= scale <= LARGEST:  # math.isfinite, which torch.compile traces as well
-        raise ValueError(f"{op}: {name} must be finite, got {scale}")
+    elif not -LARGEST <= scale <= LARGEST:  # torch.compile traces it, unlike math.isfinite
+        raise ValueError(f"{op}: {name} must be finite in fp32, got {scale}")
 
 
 def check_dropout(op: str, p) -> None:
