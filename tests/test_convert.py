@@ -11,7 +11,7 @@ from test_save_adapter import X, assert_equal, build, gated, injected, peft_mode
 
 import fused_lora as fl
 from fused_lora import cli
-from fused_lora.checkpoint import merging, read_adapter
+from fused_lora.checkpoint import convert, merging, read_adapter
 from fused_lora.checkpoint.convert import convert_loralib, convert_peft
 from fused_lora.checkpoint.merging import merge_folder
 
@@ -87,6 +87,26 @@ def test_loralib(tmp_path, capsys):
             layer.weight += 6 / 4 * delta
     assert_equal(model, fl.load_adapter(build(), tmp_path / "out"))
     assert_equal(model, peft_model(build(), tmp_path / "out"))
+
+
+def test_a_state_of_loralib_that_is_written_while_it_is_read(tmp_path, monkeypatch):
+    """The header of one and the tensors of another do not meet: it is read again."""
+    first, second = lora_state(), lora_state()
+    path = tmp_path / "lora.safetensors"
+    save_file(first, path)
+    real, left = convert.Header, [second]
+
+    def and_then_another(source):
+        header = real(source)
+        if left:
+            save_file(left.pop(), tmp_path / "new")
+            (tmp_path / "new").replace(path)
+        return header
+
+    monkeypatch.setattr(convert, "Header", and_then_another)
+    convert_loralib(path, tmp_path / "out", 4, 6)
+    found = read_adapter(tmp_path / "out")["layers.1.q"]
+    assert not left and torch.equal(found.lora_a, second["layers.1.q.lora_A"])
 
 
 MERGED = {"q.lora_A": torch.zeros(8, 8), "q.lora_B": torch.zeros(12, 4)}

@@ -234,6 +234,7 @@ def fsdp(folder, original):
         "load": lambda: fl.load_adapter(model, f"{folder}/a"),
         "swap": lambda: fl.swap_adapter(model, f"{folder}/a"),
         "merge": lambda: fl.merge(model),
+        "unmerge": lambda: fl.unmerge(model),
         "gates": lambda: named_gates(model),
         "kept": lambda: kept_parameters(model),
     }

@@ -154,7 +154,8 @@ class ModelFolder:
             return missing if tied else None
         if tied and stored.shape[:1] == [self.setting("vocab_size")]:
             return f"the output head and the embedding of {self.folder} are tied ({SETTINGS})"
-        alike = self._alike[(*stored.shape, stored.dtype)]
+        form = (*stored.shape, stored.dtype)
+        alike = self._alike[form]
         if tied is None and 1 < len(alike) <= FEW:
             data = self.read(name)
             for other in alike:
@@ -191,7 +192,7 @@ class Change(NamedTuple):
     def product(self):
         """(scale, A, B, gate) of W [N, K] += scale B diag(g) A. Of an embedding E [V, D], whose
         A is [r, V] and B [D, r], it is scale A^T B^T, and it has no gate."""
-        a, b, scale, gate = self.adapter  # type: ignore[misc]
+        a, b, scale, gate = self.adapter
         a, b, gate = (b.t(), a.t(), None) if self.transposed else (a, b, gate)
         return scale, a, b, gate
 
@@ -244,7 +245,7 @@ def _write(file: BinaryIO, name: str, stored: Stored, change: Change) -> None:
     file.seek(stored.start)
     file.readinto(data)  # type: ignore[attr-defined]
     t = torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape)
-    base = t if change.value is None else change.value
+    base = t if change.value is None else change.value.to(t.dtype)
     if change.adapter is None:
         t.copy_(base)
     else:

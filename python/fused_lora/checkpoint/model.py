@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,11 +243,12 @@ def load_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     layers, embeddings = _adapted(names), _embeddings(names)
     if not layers and not embeddings:
         check_takes_parameters("load_adapter", wrapped)
-    adapter = read_folder(dir, readers=READERS | ADALORA)
+    folder = Path(dir)
+    adapter = read_folder(folder, readers=READERS | ADALORA)
     if isinstance(adapter.reader, AdaLoRAReader):
-        take_adalora(model, dir, adapter)
+        take_adalora(model, folder, adapter)
         return wrapped
-    base = find_base(dir, model, adapter, load=True)
+    base = find_base(folder, model, adapter, load=True)
     if layers or embeddings:
         saved, bias = _whole(model, names)
         _check_layers(dir, adapter, layers)
@@ -289,7 +291,7 @@ def swap_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
     layers, embeddings = _adapted(names), _embeddings(names)
     if not layers and not embeddings:
         raise ValueError("model has no adapter to swap; fl.load_adapter puts one into it")
-    adapter = read_folder(dir)
+    adapter = read_folder(Path(dir))
     if adapter.others:
         raise ValueError(
             f"{dir} holds more than adapters, {few(list(adapter.others))}, which a swap "
@@ -297,7 +299,7 @@ def swap_adapter(model: torch.nn.Module, dir: str | os.PathLike[str]) -> torch.n
         )
     _check_layers(dir, adapter, layers, swap=True)
     _check_embeddings(dir, adapter, embeddings, swap=True)
-    check_base(dir, bare, adapter)
+    check_base(Path(dir), bare, adapter)
     found = adapter.layers | adapter.embeddings
     if any(w.lora_a.shape[0] != names[name].r for name, w in found.items()):
         check_takes_parameters("swap_adapter to another rank", model)
@@ -450,7 +452,7 @@ def _plan(
             raise ValueError(
                 f"{dir}: the model has no module {shown(name)}; nearest: {nearest([name], linears)}"
             )
-        module = names[name]
+        module: Any = names[name]
         R = weights.lora_a.shape[0]
         if name in adapter.embeddings:
             check_embedding(f"{dir}: {name}", module)

@@ -42,12 +42,12 @@ def block_of(name: str) -> int | None:
 def named_gates(model: torch.nn.Module) -> dict[str, Parameter]:
     """{name of the layer: its gate} of every SoRALinear, and LoRAAdapter with a gate, of model; a
     shared layer is there once. Raises NotImplementedError where FSDP1 has flattened them."""
-    layers = {
-        name: m for name, m in named_modules(model) if isinstance(m, ADAPTED) and m.gate is not None
-    }
-    for name, layer in layers.items():
-        check_unflattened("named_gates", name, layer)
-    return {name: layer.gate for name, layer in layers.items()}
+    gates = {}
+    for name, layer in named_modules(model):
+        if isinstance(layer, ADAPTED) and layer.gate is not None:
+            check_unflattened("named_gates", name, layer)
+            gates[name] = layer.gate
+    return gates
 
 
 def gate_counts(model: torch.nn.Module) -> dict[str, int]:
