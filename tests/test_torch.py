@@ -660,6 +660,7 @@ def test_the_bank_of_a_store_is_not_emptied_behind_it():
     assert model[0].bank.names == store.names == ["a"]
 
 
+@pytest.mark.parametrize("name", ["MultiLoRALinear", "LoRAEmbedding", "DePTEmbedding"])
 def test_modules_compile_for_every_number_of_rows(name):
     make, x = MODULES[name]
     torch._dynamo.reset()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_lora.names import clean_name
 from fused_lora.ops.routing import AdapterRouting
 
 SEQUENCE, TOKEN = "sequence", "token"
@@ -85,7 +86,7 @@ class Layout:
         )
         # The paths of lists of modules: of blocks, of the experts of one.
         self.lists = tuple(
-            f"{without_wrappers(name)}."
+            f"{clean_name(name)}."
             for name, m in model.named_modules(remove_duplicate=False)
             if name and isinstance(m, (torch.nn.ModuleList, torch.nn.ModuleDict))
         )
@@ -175,8 +176,3 @@ def _declared(names: list[str], rows: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"AdapterStore: rows names {key!r}, which is no layer of the store")
         found.update(dict.fromkeys(mine, means))
     return found
-
-
-def without_wrappers(name: str) -> str:
-    """A module's name without the parts that torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fused_lora import open_routes
-from fused_lora.batch_layout import Layout, read_call, without_wrappers
+from fused_lora.batch_layout import Layout, read_call
 from fused_lora.checkpoint import AdapterWeights, read_adapter
 from fused_lora.files import shown
 from fused_lora.inject import LoRAConfig, nearest, replace_modules, targets_of
-from fused_lora.names import check_takes_parameters
+from fused_lora.names import check_takes_parameters, clean_name
 from fused_lora.nn import MultiLoRALinear
 from fused_lora.nn.checks import check_linear
 from fused_lora.nn.multi import refuse_in_graph
@@ -90,7 +90,7 @@ class AdapterStore:
         targets: dict = targets_of(model, LoRAConfig(target_modules=target_modules))
         for name, module in targets.items():
             check_linear(f"target module {name!r}", module)
-        targets = {without_wrappers(name): module for name, module in targets.items()}
+        targets = {clean_name(name): module for name, module in targets.items()}
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self._layout = Layout(model, targets, rows, batch_first)
         self._used: OrderedDict[str, None] = OrderedDict()  # the least recently used first
@@ -390,7 +390,7 @@ class AdapterStore:
         parents = {path for name in self.layers for path in _parents(name)}
         watched = {model: None}
         for name, module in model.named_modules(remove_duplicate=False):
-            path = without_wrappers(name)
+            path = clean_name(name)
             if path in parents and not f"{path}.".startswith(self._layout.lists):
                 watched[module] = None
         for module in watched:

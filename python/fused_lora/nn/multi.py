@@ -95,11 +95,6 @@ class MultiLoRALinear(torch.nn.Linear):
         self.name_in_store = ""
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias of a layer that is made anew; one that has a bank keeps them."""
-        if not hasattr(self, "bank"):
-            super().reset_parameters()
-
-    def reset_parameters(self) -> None:
         """Empty the bank; weight and bias are left as they are.
 
         Raises RuntimeError where the adapters are those of an AdapterStore.
@@ -107,7 +102,7 @@ class MultiLoRALinear(torch.nn.Linear):
         if "bank" not in vars(self):  # nn.Linear's own construction
             super().reset_parameters()
             return
-        if len(self.bank) and self.current_routing is not _no_routing:
+        if len(self.bank) and self.store is not None:
             raise RuntimeError(
                 f"adapters {self.bank.names} belong to an AdapterStore; remove them there"
             )
