@@ -15,6 +15,7 @@ import fused_lora as fl
 from fused_lora import files
 from fused_lora.nn import DePT, DePTEmbedding, LoRAEmbedding, dept_rank
 from fused_lora.nn import dept as nn_dept
+from fused_lora.testing import assert_near
 
 V, D, m, S, R = 64, 32, 3, 10, 4
 
@@ -118,7 +119,7 @@ def test_lora_embedding_is_pefts():
     torch.testing.assert_close(ours(some), theirs(some))
     for layer in (ours, theirs):
         layer(some).square().sum().backward()
-    torch.testing.assert_close(ours.lora_a.grad, theirs.lora_embedding_A["default"].grad)
+    assert_near("dA", ours.lora_a.grad, theirs.lora_embedding_A["default"].grad)
     assert not ours.lora_a.grad[:, 2].any()
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
 
@@ -180,6 +181,7 @@ def tiny(kind):
     config = transformers.BertConfig(
         vocab_size=V, hidden_size=D, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=64,
+        initializer_range=0.2,  # of its own 0.02 its inputs hardly matter
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config).to(DEVICE).eval()
 
@@ -303,8 +305,7 @@ def test_training_lowers_the_loss(kind):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # The tiny BERT starts with weights so small that its inputs hardly matter.
-    assert losses[-1] < losses[0] - (1e-5 if kind == "bert" else 0.05)
+    assert losses[-1] < losses[0] - 0.05
     after = list(model.model.parameters())
     assert all(torch.equal(u, v) for u, v in zip(before, after, strict=True))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CUDA
 from conftest import DEVICE
+from seeds import set_fixed_seed
 from torch.nn import Linear, Parameter
 
 from fused_lora.nn import SoRALinear
@@ -578,7 +579,7 @@ def test_gate_l1_and_its_gradient():
 
 def test_training_cuts_the_ranks_that_are_not_needed():
     """A target of rank 2 over the frozen layer: of 8 gates 6 end at exactly zero."""
-    torch.manual_seed(0)
+    set_fixed_seed(0)
     base = Linear(16, 12, device=DEVICE)
     delta = (torch.randn(12, 2) @ torch.randn(2, 16) / 4).to(DEVICE)
     x = torch.randn(256, 16, device=DEVICE)

@@ -1,6 +1,7 @@
 """Checks of what modules and their configurations are made from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -69,9 +70,9 @@ def keep_unpacked_(module: torch.nn.Module) -> bool:
     """
     packs = getattr(module, "support_avx512bf16_for_cpu", False)
     if packs:
-        module.support_avx512bf16_for_cpu = False
-    weight = module._parameters.get("weight")
-    state = getattr(weight, "quant_state", None)
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    weight: Any = module._parameters.get("weight")
+    state: Any = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
