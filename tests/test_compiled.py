@@ -4,6 +4,7 @@ FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every
 """
 
 import pytest
+import torch
 from aot import ARCHITECTURES, SAME, cases, facts_of
 from conftest import EXTENT
 from fused_lora.triton_kernels import configs
@@ -141,6 +142,19 @@ def test_rows_are_valid(op, kind, sm):
     # The last row takes every size; of row_reduce_u every row is bounded.
     if op != "row_reduce_u":
         assert not [key for key in rows[-1] if key.startswith("max_")]
+
+
+def test_a_row_may_be_for_one_triton(monkeypatch):
+    def multi_row_reduce(version):
+        monkeypatch.setattr(configs.triton, "__version__", version)
+        configs.choose.cache_clear()
+        return configs.multi_row_reduce(64, torch.bfloat16, 90)
+
+    others = [multi_row_reduce(version) for version in ("3.6.0", "3.9.1")]
+    own = multi_row_reduce("3.8.0")
+    configs.choose.cache_clear()
+    assert others[0] == others[1] and own == others[0] | {"maxnreg": 80}
+    assert "triton" not in own
 
 
 @pytest.mark.parametrize("call", SAME)
