@@ -104,13 +104,17 @@ class NamedGPU:
 
 
 GPU = NamedGPU()
-# Since Triton 3.8 each line of inline assembly, as of a load, counts as a line of the source.
 ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.S)
 LOC = re.compile(r"^\s*\.loc\s.*\n", re.M)
 PLANTED: list[Case] = []
 LAUNCHED: list[str] = []  # hashes
 KERNELS: dict[str, dict] = {}  # hash -> facts
 CHOSEN: dict[str, dict] = {}  # kernel -> the row that the table last gave it
+
+
+def with_true_lines(ptx: str) -> str:
+    """Since Triton 3.8 each line of inline assembly, as of a load, counts as one of the source."""
+    return ASSEMBLY.sub(lambda found: LOC.sub("", found[0]), ptx)
 
 
 @functools.cache
@@ -122,9 +126,6 @@ def install():
     from triton.runtime.jit import JITFunction
 
     run, choose, make_ptx = JITFunction.run, configs.choose, CUDABackend.make_ptx
-
-    def with_true_lines(self, *stage):
-        return ASSEMBLY.sub(lambda found: LOC.sub("", found[0]), make_ptx(self, *stage))
 
     def compile_only(self, *args, grid, warmup, **meta):
         record(self.__name__, meta, run(self, *args, grid=grid, warmup=True, **meta))
@@ -139,7 +140,7 @@ def install():
 
     driver.set_active(GPU)
     JITFunction.run = compile_only
-    CUDABackend.make_ptx = with_true_lines
+    CUDABackend.make_ptx = lambda self, *stage: with_true_lines(make_ptx(self, *stage))
     configs.choose = remember
     configs.capability = lambda device: GPU.sm
 

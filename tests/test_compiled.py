@@ -4,7 +4,8 @@ FUSED_LORA_EXTENT=full compiles every rank, dtype and architecture, and so every
 """
 
 import pytest
-from aot import ARCHITECTURES, SAME, cases, facts_of
+import torch
+from aot import ARCHITECTURES, SAME, cases, facts_of, read_sass, with_true_lines
 from conftest import EXTENT
 from fused_lora.triton_kernels import configs
 
@@ -141,6 +142,34 @@ def test_rows_are_valid(op, kind, sm):
     # The last row takes every size; of row_reduce_u every row is bounded.
     if op != "row_reduce_u":
         assert not [key for key in rows[-1] if key.startswith("max_")]
+
+
+def test_a_row_may_be_for_one_triton(monkeypatch):
+    def multi_row_reduce(version):
+        monkeypatch.setattr(configs.triton, "__version__", version)
+        configs.choose.cache_clear()
+        return configs.multi_row_reduce(64, torch.bfloat16, 90)
+
+    others = [multi_row_reduce(version) for version in ("3.6.0", "3.9.1")]
+    own = multi_row_reduce("3.8.0")
+    configs.choose.cache_clear()
+    assert others[0] == others[1] and own == others[0] | {"maxnreg": 80}
+    assert "triton" not in own
+
+
+@pytest.mark.parametrize("line", [1, 2])
+def test_a_load_is_known_by_its_call_or_its_pointer(line, tmp_path):
+    source = tmp_path / "kernel.py"
+    source.write_text("z = tl.load(\n    z_ptr + offs,\n    other=0.0,\n)\ny = stuff()\n")
+    sass = '//## File "{}", line {}\n        /*0010*/  @P0 LDG.E.128 R4, desc[UR4][R2.64] ;\n'
+    assert read_sass(sass.format(source, line))["loads"] == {"z": {"plain 16": 1}}
+    assert read_sass(sass.format(source, 5))["loads"] == {"y = stuff()": {"plain 16": 1}}
+
+
+def test_inline_assembly_has_no_lines_of_its_own():
+    ptx = "\t.loc 1 62 14\n// begin inline asm\n{}mov;\n{}ld;\n// end inline asm\n\t.loc 1 66 4\n"
+    lines = [f"\t.loc\t1 {n} 14    // planes.py:{n}:14\n" for n in (62, 63)]
+    assert with_true_lines(ptx.format(*lines)) == ptx.format("", "")
 
 
 @pytest.mark.parametrize("call", SAME)

@@ -6,7 +6,8 @@ one. Nothing else enters, so a result is the same, bit for bit, on every GPU of 
 Above them routes: rows of measured times that name the kernel, and its tile, for sizes near theirs.
 
 A row's maxnreg is what its shared memory leaves to a block: left alone, ptxas aims for more blocks
-on a multiprocessor than fit, and spills for it.
+on a multiprocessor than fit, and spills for it. In a row of one Triton it is what lets as many fit
+as with others.
 """
 
 import functools
@@ -82,11 +83,24 @@ def block_of(size: int, cap: int) -> int:
     return max(16, min(cap, triton.next_power_of_2(size)))
 
 
+def triton_version() -> str:
+    """Its first two numbers."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def rows(op: str, sm: int, kind: str) -> list[dict]:
-    """The rows of an op, narrow bounds first. A string names the family that has the same ones."""
-    families = table()[op]
+    """The rows of an op, narrow bounds first. A string names the family that has the same ones.
+
+    Those of another Triton are left out: a row with "triton" is for that version.
+    """
+    families, version = table()[op], triton_version()
     found = families[family(sm)]
-    return (families[found] if isinstance(found, str) else found)[kind]
+    found = (families[found] if isinstance(found, str) else found)[kind]
+    return [
+        {key: value for key, value in row.items() if key != "triton"}
+        for row in found
+        if row.get("triton", version) == version
+    ]
 
 
 @functools.lru_cache(maxsize=4096)

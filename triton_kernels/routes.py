@@ -44,7 +44,7 @@ def sizes(segments, mask=None) -> dict:
 
 def version_refuses() -> str | None:
     """None where Triton's Gluon is one that segment_gemm_hopper is written in."""
-    if ".".join(triton.__version__.split(".")[:2]) in GLUON:
+    if configs.triton_version() in GLUON:
         return None
     return f"the Gluon kernel is made for Triton {', '.join(GLUON)}, this is {triton.__version__}"
 
