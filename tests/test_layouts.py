@@ -207,7 +207,7 @@ def test_adding_with_any_layout(backend, decode_rows, name, monkeypatch):
         y = fl.multi_lora_add_(t["y"], t["x"], bank_of(t, fl), ids, out_offset=2, backend=backend)
         floats = ["x", *SLOTS]
 
-        def plain(base, *values, t=t):
+        def plain(base, *values, t=t, floats=floats):
             t = {**t, **dict(zip(floats, values, strict=True))}
             bank, out = bank_of(t, fl.reference), base.clone()
             return [fl.reference.multi_lora_add_(out, t["x"], bank, t["adapter_ids"], out_offset=2)]

@@ -99,9 +99,7 @@ def _backward(
 ):
     dispatch.require("lora_linear", backend, REFUSALS, x)
     if backend != "torch":
-        dy, x, weight, lora_a, lora_b, gate = dispatch.readable(
-            dy, x, weight, lora_a, lora_b, gate
-        )
+        dy, x, weight, lora_a, lora_b, gate = dispatch.readable(dy, x, weight, lora_a, lora_b, gate)
     a, b = _adapters(lora_a, lora_b, x.dtype)
     backward = (
         backward_torch if backend == "torch" else functools.partial(backward_kernels, backend)
