@@ -39,6 +39,7 @@ STORE = "store.py"
 ROUTES = "open_routes.py"
 LAYOUT = "batch_layout.py"
 CHECKS = "ops/validation.py"
+DISPATCH = "ops/dispatch.py"
 REFERENCE = "reference.py"
 THRESHOLD = "ops/soft_threshold.py"
 EMBEDDING = "triton_kernels/embedding.py"
@@ -61,6 +62,9 @@ SUBSET = "test_lora_linear.py::test_only_the_gradients_asked_for[({})-{}]"
 EDGE = "test_regressions.py::{}"
 RAGGED = "test_multi_lora_linear.py::test_ragged_ranks[id_dtype0-{}-{}]"
 MANY = "test_multi_lora_linear.py::test_64_adapters[{}]"
+TENANTS = "test_tenants.py::test_other_rows_and_adapters_are_the_same[{}]"
+ABSENT = "test_tenants.py::test_an_adapter_without_rows_reaches_nothing[{}]"
+LAYOUT = "test_layouts.py::test_any_layout_of_any_tensor[{}]"
 
 PARTS = "test_lora_linear.py::test_columns_sum_to_the_whole[{}]"
 TENSOR_PARALLEL = "test_distributed.py::test_tensor_parallel[{}]"
@@ -829,14 +833,14 @@ FAULTS = {
     ),
     "many: an adapter's part in every row of the tile": Fault(
         MULTI_GEMM,
-        "own = (ids == slot)[:, None]",
-        "own = (ids >= 0)[:, None]",
+        "own = ids == slot",
+        "own = ids >= 0",
         RAGGED.format("some", "triton"),
     ),
     "many: ranks past the first block are dropped": Fault(
         MULTI_GEMM,
-        "for first in range(0, rank, BLOCK_R):",
-        "for first in range(0, min(rank, BLOCK_R), BLOCK_R):",
+        "tl.range(0, rank, BLOCK_R, num_stages=1)",
+        "tl.range(0, min(rank, BLOCK_R), BLOCK_R, num_stages=1)",
         RAGGED.format("different", "triton"),
     ),
     "many: the id is taken for the slot": Fault(
@@ -922,6 +926,78 @@ FAULTS = {
         "order.add_expanded_(dx, dh, slots.a_slots)",
         "pass",
         RAGGED.format("different", "torch"),
+    ),
+    "many: NaN of one adapter enters the products of its tile": Fault(
+        MULTI_GEMM,
+        "v = tl.where(finite, v, 0.0)",
+        "v = v",
+        TENANTS.format("triton-nan-0.0-B-tile"),
+    ),
+    "many: NaN of an adapter is lost": Fault(
+        MULTI_GEMM,
+        "tl.where(finite, 0, 1)",
+        "tl.where(finite, 0, 0)",
+        TENANTS.format("triton-nan-0.0-A-tile"),
+    ),
+    "many: NaN in the rows of every adapter of the tile": Fault(
+        MULTI_GEMM,
+        "ids = tl.where(own, tl.where(broken != 0, BROKEN, ids), ids)",
+        "ids = tl.where(broken != 0, tl.where(ids <= slot, BROKEN, ids), ids)",
+        TENANTS.format("triton-nan-0.0-B-tile"),
+    ),
+    "many: dg of NaN without rows": Fault(
+        MULTI_REDUCE,
+        "mask_r = (offs_r < rank) & (tiles > 0)",
+        "mask_r = offs_r < rank",
+        ABSENT.format("triton-B-nan-tile"),
+    ),
+    "many: everyone's columns with what is not finite": Fault(
+        MULTI,
+        "return t.masked_fill(broken[:, None], 0), broken",
+        "return t, broken",
+        TENANTS.format("gpu-torch-nan-0.0-x-tile"),
+    ),
+    "many: everyone's columns hide what is not finite": Fault(
+        MULTI,
+        't.masked_fill(broken, float("nan"))',
+        "t",
+        TENANTS.format("gpu-torch-nan-0.0-B-tile"),
+    ),
+    "many: everyone's dg of an adapter without rows": Fault(
+        MULTI,
+        "dgate = torch.where(every.held, dgate, 0)",
+        "dgate = dgate",
+        ABSENT.format("gpu-torch-B-nan-tile"),
+    ),
+    "bank: the numbers of an adapter outlive it": Fault(
+        BANK,
+        "            t[slot].zero_()",
+        "            t[slot]",
+        "test_tenants.py::test_a_bank_wipes_the_slot_of_an_adapter_that_is_taken_away[remove]",
+    ),
+    "kernels take the other sign": Fault(
+        DISPATCH,
+        "        t = t.resolve_neg()",
+        "        t = t",
+        LAYOUT.format("lora_linear-triton-x"),
+    ),
+    "kernels take a vector for a dense one": Fault(
+        DISPATCH,
+        "return t.contiguous() if t.ndim == 1 else t",
+        "return t",
+        LAYOUT.format("lora_linear-triton-gate"),
+    ),
+    "multi_lora_add_ writes the sign that memory has": Fault(
+        MULTI,
+        "            y.copy_(out)",
+        "            y.add_(0)",
+        "test_layouts.py::test_adding_with_any_layout[y-tiles-triton]",
+    ),
+    "multi_lora_add_ into elements that share memory": Fault(
+        CHECKS,
+        "shared = any(step == 0 for step, _ in dims) or any(",
+        "shared = any(step == 0 for step, _ in dims) and any(",
+        "test_layouts.py::test_adding_to_elements_that_share_memory_is_refused[(4, 6)-True-triton]",
     ),
     "routing: not stable": Fault(
         ROUTING,

@@ -7,8 +7,8 @@ Tiles are those of the base product, whatever rows they hold: the last segment w
 adapters that are present in the tile, each with the rows that are not its own at zero. The base
 product does not grow with the number of adapters. Without a base the sum starts from y itself.
 
-Zero times NaN is NaN: what is not finite in V_j stays out of that product, and the columns of a
-tile in which there is any become NaN in the rows of adapter j alone.
+Zero times NaN is NaN: what is not finite in V_j stays out of that product, and the rows of adapter
+j alone become NaN in the columns of the tile.
 """
 
 import torch

@@ -673,8 +673,8 @@ def multi_lora_linear(
     or int64, of x's leading shape or of its first dimensions (one id for a sequence), or an
     AdapterRouting of them, which the layers of a model share. bank is an AdapterBank, or anything
     with a_slots [G, R, K], bt_slots [G, R, N] (B transposed), rank int32 [G], scale fp32 [G] and
-    gate fp32 [G, R], and, where ids are not slots, table int32, the slot of each id, a different
-    one of each where its gradients are wanted. Rank rows of a slot past its rank are no part of the
+    gate fp32 [G, R], and, where ids are not slots, table int32, the slot of each id; no two ids of
+    slots that are trained have the same. Rank rows of a slot past its rank are no part of the
     result. A slot of rank 0 gives the base.
 
     NaN and infinities of one adapter, in its numbers or in its rows of x and of the gradient of y,
