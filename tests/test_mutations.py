@@ -1147,17 +1147,11 @@ FAULTS = {
         "for name in ():",
         "test_peft_layers.py::test_a_dispatched_model_is_fused_through_its_hooks",
     ),
-    "peft: an offloaded layer is passed by": Fault(
+    "peft: a boolean scale": Fault(
         PEFT,
-        "and not (hook.offload or hook.no_grad)",
-        "",
-        "test_peft_layers.py::test_an_offloaded_model_says_that_it_is_not_fused",
-    ),
-    "peft: a scale of several elements": Fault(
-        PEFT,
-        "one = value.ndim < 2 and value.numel() == 1 and check.all_plain(value)",
-        "one = check.all_plain(value)",
-        "test_peft_layers.py::test_other_scales_are_pefts[for each sample-linear]",
+        "value.is_complex() or value.dtype == torch.bool",
+        "value.is_complex()",
+        "test_peft_layers.py::test_other_scales_are_pefts[boolean-linear]",
     ),
     "peft: what was traced is kept": Fault(
         PEFT,
@@ -1170,12 +1164,6 @@ FAULTS = {
         "if looked is not None and _stamp(looked) == found.stamp:",
         "if looked is not None:",
         "test_peft_groups.py::test_what_changes_of_a_layer_in_between_is_seen[llama-scaling]",
-    ),
-    "groups: inference tensors are trusted": Fault(
-        "integrations/shared_input.py",
-        "if dispatch.traced(x) or x.is_inference():",
-        "if dispatch.traced(x):",
-        "test_peft_groups.py::test_x_that_changes_in_inference_mode_is_seen",
     ),
     "peft: lora_bias without its scale, alone": Fault(
         PEFT,

@@ -308,7 +308,9 @@ class _LinearForm:
         known = weight.dtype, torch.float32
         if not (check.all_plain(x, weight, lora_a, lora_b) and lora_a.dtype in known):
             return None
-        scale = _scale(layer.scaling[name])
+        scale = layer.scaling[name]
+        if type(scale) is not float or not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+            scale = _scale(scale)
         if lora_b.dtype not in known or scale is None:
             return None
         p = dropout.p if dropout.training and type(dropout) is torch.nn.Dropout else 0.0
@@ -321,9 +323,10 @@ class _LinearForm:
         if found is None or found[2] is None:
             return None
         weight, bias, lora_a, lora_b, own, scale, p = found
-        bias, own = _folded(x, bias, own, scale)
+        if own is not None:
+            bias, own = _folded(x, bias, own, scale)
         y = lora_linear(x, weight, lora_a, lora_b, bias, scale=scale, dropout_p=p)
-        return _with_bias(y, own, scale)
+        return y if own is None else _with_bias(y, own, scale)
 
     @classmethod
     def forward(cls, layer, x: Tensor, names: list[str]) -> Tensor:
@@ -777,17 +780,19 @@ def accelerate(model: torch.nn.Module, sample: dict[str, Any] | None = None) -> 
 
     What is not covered runs PEFT's own forward, and is counted with the reason in report.fallbacks:
     variants other than DoRA, DoRA beside other active adapters or over a quantised layer, other
-    base layers, embeddings with max_norm, sparse or scale_grad_by_freq, mixed batches with
-    lora_bias, of embeddings or over quantised layers, convolutions. With FUSED_LORA_STRICT=1 such a
+    base layers, those that another method of PEFT has adapted among them, hooks on inner layers
+    (but accelerate's that have nothing to move), scales that are not one finite number, embeddings
+    with max_norm, sparse or scale_grad_by_freq, mixed batches with lora_bias, of embeddings or over
+    quantised layers, convolutions. With FUSED_LORA_STRICT=1 such a
     call raises RuntimeError instead, and so does accelerate itself, before it changes anything, for
     a layer of another class.
 
     sample, the keyword arguments of a call, lets layers that share x (q, k and v; gate and up) run
     by lora_linear_group while they have at most one active adapter each, no DoRA and no dropout in
     training. The model is called with it once, without gradients: a group is what got the same
-    tensor in turn. A layer that is later called with another tensor than the first of its group
-    computes for itself, and what the first computed for it is wasted. Under torch.compile there are
-    no groups.
+    tensor in turn. A layer that is later called with another tensor than the first of its group, or
+    that has changed since, computes for itself, and what the first computed for it is wasted. Under
+    torch.compile and with inference tensors, whose changes nothing counts, there are no groups.
 
     Dropout draws its masks from fused_lora's generator of bits: the same rate, other elements than
     torch's would be; with DoRA they are torch's.
