@@ -951,9 +951,8 @@ FAULTS = {
         ROUTES,
         "        with kept.open():\n            return fn(*args, **kwargs)\n\n    return run",
         "        return fn(*args, **kwargs)\n\n    return run",
-        "test_open_routes.py::test_a_checkpoint_keeps_its_adapters_in_use[True]",
         "test_open_routes.py::test_a_recomputation_sees_the_route_of_its_forward"
-        "[routed0-reentrant-after it]",
+        "[mixed-reentrant-after it]",
     ),
     "routes: a generator's route is that of its consumer": Fault(
         ROUTES,
