@@ -371,14 +371,16 @@ def deep():
 @pytest.mark.parametrize("where", ["in the route", "after it", "in another one", "in a thread"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize(
-    "routed", [["alice", None, "bob"], ["alice"] * 3, None], ids=["mixed", "alice", "base"]
+    "routed",
+    [["alice", None, "bob"], ["alice"] * 3, None, "not at all"],
+    ids=["mixed", "alice", "base", "unrouted"],
 )
 def test_a_recomputation_sees_the_route_of_its_forward(reentrant, where, routed):
     model, store, x = deep()
 
     def gradient(where):
         leaf = x.clone().requires_grad_()
-        with store.route(routed):
+        with contextlib.nullcontext() if routed == "not at all" else store.route(routed):
             loss = model(leaf).square().sum()
             if where == "in the route":
                 loss.backward()
