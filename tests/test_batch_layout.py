@@ -1,6 +1,7 @@
 """Which adapter the rows of a layer have that the model calls with other shapes than its own."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -134,6 +135,19 @@ def test_batch_first_is_declared_or_seen():
         assert added(model(x)) == [[1, 1], [2, 2]]
     with store.route(store.ids([*BOTH, None, "bob"]).view(2, 2)):
         assert added(model(x)) == [[1, 2], [0, 2]]
+
+
+def test_one_sequence_tells_what_is_the_batch():
+    for how, known in ((lambda layer, x: layer(x), True), (length_first, False)):
+        model, store = served(Model(how), names=NAMES)
+        with store.route(["bob"]):
+            assert added(model(ones(1, 3))) == [[2] * 3]
+        with store.route(BOTH):
+            if known:
+                assert added(model(ones(2, 2))) == [[1, 1], [2, 2]]
+            else:
+                with pytest.raises(ValueError, match=SQUARE):
+                    model(ones(2, 2))
 
 
 def test_a_row_a_sequence_is_what_the_model_is_called_with():
@@ -320,6 +334,18 @@ def test_as_many_tokens_as_sequences():
     for i, adapter in enumerate(adapters.values()):
         want = alone(base, adapter)(ids[i : i + 1]).logits
         torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copy_of_a_served_model_generates(copied):
+    model, batch = transformers_model("llama")
+    store = fl.AdapterStore(model, 3, 4)
+    for name, adapter in adapters_for(store).items():
+        store.add(name, adapter)
+    other = copied(model)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with store.route(BOTH), fl.AdapterStore.of(other).route(BOTH):
+        assert torch.equal(other.generate(**batch, **options), model.generate(**batch, **options))
 
 
 def test_experts_of_a_model_of_transformers():

@@ -370,13 +370,17 @@ def deep():
 
 @pytest.mark.parametrize("where", ["in the route", "after it", "in another one", "in a thread"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("routed", [["alice", None, "bob"], ["alice"] * 3, None], ids=str)
+@pytest.mark.parametrize(
+    "routed",
+    [["alice", None, "bob"], ["alice"] * 3, None, "not at all"],
+    ids=["mixed", "alice", "base", "unrouted"],
+)
 def test_a_recomputation_sees_the_route_of_its_forward(reentrant, where, routed):
     model, store, x = deep()
 
     def gradient(where):
         leaf = x.clone().requires_grad_()
-        with store.route(routed):
+        with contextlib.nullcontext() if routed == "not at all" else store.route(routed):
             loss = model(leaf).square().sum()
             if where == "in the route":
                 loss.backward()
@@ -397,6 +401,26 @@ def test_a_recomputation_sees_the_route_of_its_forward(reentrant, where, routed)
         lambda x: checkpoint(block, x, use_reentrant=reentrant), x, use_reentrant=reentrant
     )
     assert torch.equal(gradient(where), want)
+
+
+def test_checkpoints_of_others_are_as_before():
+    """With a store in the process: of a function without a served layer, in a graph too."""
+    deep()
+    linear = torch.nn.Linear(K, K).to(DEVICE)
+    x = torch.randn(3, K, device=DEVICE)
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        run(leaf).square().sum().backward()
+        return leaf.grad
+
+    want = gradient(linear)
+    torch._dynamo.reset()
+    for reentrant in (True, False):
+        in_checkpoint = lambda x, r=reentrant: checkpoint(linear, x, use_reentrant=r)  # noqa: E731
+        assert torch.equal(gradient(in_checkpoint), want)
+    graph = torch.compile(in_checkpoint, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(graph), want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -116,12 +116,9 @@ class Layout:
             known = lead[0] == batch and lead[1 : len(shape)] == ids_per_sequence
             if made is not None and made.media and lead[1] not in made.lengths:
                 known = False
-            if lead[0] != batch and lead[1] == batch:
-                self._other.add(name)
+            self.learn(name, lead, made)
             if known:
                 self._check_batch_first(name, lead, batch)
-                if made is not None and lead[1] != batch:
-                    self._first.add(name)
                 return routing.spread(lead, times)
         elif len(lead) == 1:
             means = self._meaning(name, lead[0], batch, made)
@@ -136,6 +133,16 @@ class Layout:
             f"the layer out by target_modules, or make the store with rows={{{name!r}: 'sequence'}}"
             f" (or 'token') if a row of it is one, or give the batch one adapter"
         )
+
+    def learn(self, name: str, lead: torch.Size, made: Call | None) -> None:
+        """See which of an input's first two dimensions is the batch, where one of them is."""
+        if made is None or len(lead) < 2 or not made.lead:
+            return
+        is_batch = [size == made.lead[0] for size in lead[:2]]
+        if is_batch == [True, False]:
+            self._first.add(name)
+        elif is_batch == [False, True]:
+            self._other.add(name)
 
     def _check_batch_first(self, name: str, lead: torch.Size, batch: int) -> None:
         learnt = name in self._first and name not in self._other

@@ -365,6 +365,7 @@ class AdapterStore:
         if route is None or route.routing is None:
             return None
         if route.uniform is not None:
+            self._layout.learn(layer, lead, _call_in(route))
             return route.uniform
         return self._layout.rows_of(layer, lead, route.routing, _call_in(route))
 
@@ -396,20 +397,20 @@ class AdapterStore:
         for module in watched:
             module.register_forward_pre_hook(self._enter_call, with_kwargs=True)
             module.register_forward_hook(self._leave_call, always_call=True)
-        if hasattr(model, "_expand_inputs_for_generation"):
-            object.__setattr__(model, "_expand_inputs_for_generation", _Repeats(self, model))
+        for module in model.modules():
+            if hasattr(type(module), "_expand_inputs_for_generation"):
+                object.__setattr__(module, "_expand_inputs_for_generation", _Repeats(self, module))
 
     def _enter_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         refuse_in_graph()
         opened = open_routes.find(self) if open_routes.innermost.get() is not None else None
         route = None if opened is None else opened.route
-        if route is None or route.routing is None or route.uniform is not None:
-            return
-        if not route.routing.shape or _call_in(route) is not None:
+        if route is None or route.routing is None or _call_in(route) is not None:
             return
         made = read_call(module, args, kwargs, route, open_routes.call.get())
         if made is not None:
-            self._layout.check_call(made, route.routing, route.repeats)
+            if route.uniform is None and route.routing.shape:
+                self._layout.check_call(made, route.routing, route.repeats)
             open_routes.call.set(made)
 
     def _leave_call(self, module: torch.nn.Module, *_) -> None:
