@@ -1281,6 +1281,43 @@ FAULTS = {
         "if False:",
         "test_nn.py::test_what_comes_from_the_meta_device_has_an_adapter[built-LoRALinear]",
     ),
+    "merging into a weight that is made anew": Fault(
+        "nn/linear.py",
+        "if own not in layer._parameters:",
+        "if False:",
+        "test_like_linear.py::test_what_is_made_anew_at_each_call_is_computed_with_but_not_written"
+        "[weight-parametrize-LoRALinear]",
+    ),
+    "adapters of PEFT are adapted": Fault(
+        "nn/checks.py",
+        "if not _PEFT_KINDS.isdisjoint(bases):",
+        "if False:",
+        "test_inject.py::test_a_model_of_peft_keeps_its_adapters",
+    ),
+    "the mask on the default device": Fault(
+        "ops/dropout.py",
+        "dtype=torch.uint8, device=seed.device)",
+        "dtype=torch.uint8)",
+        "test_torch.py::test_a_default_device_changes_nothing[lora_linear]",
+    ),
+    "a float64 scale rounded to fp32": Fault(
+        OP,
+        "wide = torch.promote_types(x.dtype, torch.float32)",
+        "wide = torch.float32",
+        "test_torch.py::test_a_float64_scale_is_exact_in_fp64[False-lora_linear]",
+    ),
+    "a scale beyond fp32": Fault(
+        "ops/validation.py",
+        "LARGEST = torch.finfo(torch.float32).max",
+        "LARGEST = torch.finfo(torch.float64).max",
+        "test_torch.py::test_a_scale_is_a_number_in_fp32[1e39-lora_linear]",
+    ),
+    "DePT keeps the words before": Fault(
+        "nn/dept.py",
+        "            self.embedding.weight = words",
+        "            pass",
+        "test_like_linear.py::test_a_duplicate_is_the_same_and_its_own[DePT-assign]",
+    ),
     "a resize loses the adapter of the head": Fault(
         INJECT,
         "    _keep_head(model, new.values())\n",

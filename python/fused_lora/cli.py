@@ -406,12 +406,13 @@ def _threshold_case(rank, device, backend) -> Iterator[Row]:
     )
 
 
-def _compared(op: str, case: Case, backend: str, p: float) -> Iterator[Row]:
+def _compared(op, backend, make, shape, rows, rank, dtype, device, p) -> Iterator[Row]:
     """A row for y and every gradient of a case, held to the reference in fp64."""
     import torch
 
     from fused_lora.testing import Truth
 
+    case: Case = make(shape, rows, rank, dtype, device, p)
     names = list(case.tensors)
     leaves = [t.requires_grad_(not case.in_place) for t in case.tensors.values()]
     options = {"dropout_p": p, "seed": 7} if p else {}
@@ -484,6 +485,21 @@ def _over(ours: Callable[[], object], naive: Callable[[], object], device) -> fl
     return statistics.median(seconds(ours) / seconds(naive) for _ in range(ROUNDS))
 
 
+def _planned(
+    shapes, rows, rank, dtypes, backends, device
+) -> Iterator[tuple[str, str, str, Iterator[Row]]]:
+    """(op, backend, dtype, its rows, which are made as they are taken) of every case."""
+    import torch
+
+    for op, (make, probabilities) in CASES.items():
+        for name, shape, short, p in itertools.product(backends, shapes, dtypes, probabilities):
+            dtype = getattr(torch, DTYPES[short])
+            yield op, name, short, _compared(op, name, make, shape, rows, rank, dtype, device, p)
+    for name in backends:
+        # The gates are vectors in fp32.
+        yield THRESHOLD, name, "fp32", _threshold_case(rank, device, name)
+
+
 def verify(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -500,32 +516,16 @@ def verify(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"{'case':48} backend output   error     torch's   verdict time / naive, roughly")
 
-    def add(op: str, name: str, dtype: torch.dtype, rows_of: Callable[[], Iterator[Row]]) -> None:
-        if (reason := refusals(op, torch.empty(1, dtype=dtype, device=device))[name]) is not None:
-            short = next(short for short, known in DTYPES.items() if getattr(torch, known) == dtype)
+    plan = _planned(shapes, rows, arguments.rank, dtypes, backends, device)
+    for op, name, short, lines in plan:
+        probe = torch.empty(1, dtype=getattr(torch, DTYPES[short]), device=device)
+        if (reason := refusals(op, probe)[name]) is not None:
             skipped[f"{op}, {name}, {short}"] = reason
-            return
-        for row in rows_of():
+            continue
+        for row in lines:
             found.append(row)
             if not arguments.json:
                 print(row.line(), flush=True)
-
-    for op, (make, probabilities) in CASES.items():
-        for name, shape, short, p in itertools.product(backends, shapes, dtypes, probabilities):
-            dtype = getattr(torch, DTYPES[short])
-
-            def compared(make=make, op=op, name=name, shape=shape, dtype=dtype, p=p):
-                case = make(shape, rows, arguments.rank, dtype, device, p)
-                return _compared(op, case, name, p)
-
-            add(op, name, dtype, compared)
-    for name in backends:
-        add(
-            THRESHOLD,
-            name,
-            torch.float32,
-            lambda name=name: _threshold_case(arguments.rank, device, name),
-        )
     failed = [row for row in found if row["verdict"] != "ok"]
     if arguments.json:
         print(json.dumps({"rows": found, "skipped": skipped, "failed": len(failed)}, indent=1))

@@ -251,7 +251,8 @@ def _keep_head(model: torch.nn.Module, new: Iterable[torch.nn.Module]) -> None:
     for module in model.modules():
         head = getattr(module, "get_output_embeddings", None)
         if callable(head) and hasattr(module, "resize_token_embeddings") and id(head()) in placed:
-            module.resize_token_embeddings = functools.partial(_resize_token_embeddings, module)
+            resize = functools.partial(_resize_token_embeddings, module)
+            module.resize_token_embeddings = resize  # type: ignore[assignment]
 
 
 def replace_modules(model: torch.nn.Module, new: Mapping[int, torch.nn.Module]) -> None:

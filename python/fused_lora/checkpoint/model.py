@@ -393,8 +393,7 @@ def _check_layers(
         check_whole(f"{dir}", name, layer)
         if type(layer) not in KINDS:
             raise TypeError(f"{dir}: {name} is a {type(layer).__name__}, which takes no LoRA")
-        if isinstance(layer, LoRALinear):
-            layer.check_values(name)
+        layer.check_values(name)
         if not swap and isinstance(layer, LoRALinear) and layer.merged:
             raise RuntimeError(f"{name} is merged; call fl.unmerge(model) before loading into it")
         if weights.gate is not None and layer.gate is None:

@@ -23,6 +23,7 @@ from fused_lora.nn.linear import (
     GATE_INITS,
     INITS,
     LoRALinear,
+    check_kept,
     check_swap,
     init_adapter_,
     init_gate_,
@@ -154,6 +155,10 @@ class LoRAAdapter(torch.nn.Module):
             return base_out.requires_grad
         return _comes_from(base_out, x)
 
+    def check_values(self, name: str = "this layer") -> None:
+        """Raise RuntimeError where a change would be lost."""
+        check_kept(name, self, ("lora_a", "lora_b", "gate"))
+
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight  # type: ignore[return-value]
@@ -173,6 +178,7 @@ class LoRAAdapter(torch.nn.Module):
     ) -> None:
         """As LoRALinear.swap: take another adapter, lora_a [R', K], lora_b [N, R'], gate [R']."""
         check_swap(self, lora_a, lora_b, scale, gate)
+        self.check_values()
         R = lora_a.shape[0]
         if scale is None:
             scale = lora_scale(self.lora_alpha, R, self.use_rslora)

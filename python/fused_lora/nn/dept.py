@@ -88,13 +88,14 @@ class DePT(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw prompt and pair anew; the model is left as it is."""
+        self._share_words()
         self.embedding.reset_parameters()
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        # to_empty gives each of the two places memory of its own.
-        self.embedding.weight = self.model.get_input_embeddings().weight
-        return self
+    def _share_words(self) -> None:
+        """Take the model's words where they are another Parameter now, as to_empty and a
+        load_state_dict that assigns leave them."""
+        if (words := self.model.get_input_embeddings().weight) is not self.embedding.weight:
+            self.embedding.weight = words
 
     def _positions(self, attention_mask: Tensor | None) -> Tensor | None:
         """-1 where the mask is 0; elsewhere how many tokens come before."""
@@ -113,11 +114,13 @@ class DePT(torch.nn.Module):
             order = (attention_mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
             input_ids = input_ids.gather(-1, order)
             attention_mask = attention_mask.gather(-1, order)
+        self._share_words()
         embeds = self.embedding(input_ids, self._positions(attention_mask))
         return embeds, self._with_prompt(attention_mask)
 
     def _step(self, input_ids, mask, past: int):
         """Embeddings of the tokens that follow `past` rows of a cache; mask is over all rows."""
+        self._share_words()
         L, m = input_ids.shape[1], self.embedding.prompt_length
         if mask is None:
             positions = torch.arange(past - m, past - m + L, device=input_ids.device)

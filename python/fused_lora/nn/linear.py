@@ -99,6 +99,17 @@ def check_swap(layer, lora_a, lora_b, scale, gate) -> None:
         check.check_shape(op, "gate", gate, (R,), "[R]")
 
 
+def check_kept(name: str, layer: torch.nn.Module, tensors: Sequence[str]) -> None:
+    """Raise RuntimeError where one of the layer's tensors is no Parameter of it, as
+    torch.nn.utils.prune and parametrize leave it: what is written into it would be lost."""
+    for own in tensors:
+        if own not in layer._parameters:
+            raise RuntimeError(
+                f"{name}: {own} is made anew from other tensors at each call (by prune, "
+                f"parametrize or weight_norm of torch.nn.utils); take that away first"
+            )
+
+
 def set_adapter_(layer, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None) -> None:
     """Copy into the Parameters of these shapes, and make new ones where the rank is another."""
     layer.r = lora_a.shape[0]
@@ -323,6 +334,7 @@ class LoRALinear(torch.nn.Linear):
 
     def check_values(self, name: str = "this layer") -> None:
         """Raise RuntimeError where there are no values to work on: a change would be lost."""
+        check_kept(name, self, ("weight", "lora_a", "lora_b", "gate"))
         if self.weight.is_meta or self.lora_a.is_meta:
             raise RuntimeError(
                 f"{name} is on the meta device: it is not loaded yet, or offloaded; merge and swap "
@@ -429,8 +441,8 @@ class LoRALinear(torch.nn.Linear):
             _merge_into(self.weight, *self._swapped(new))
         if scale is not None:
             self.lora_alpha = scale / self._scale_of(1, lora_a.shape[0])
-        self.scale, *adapter = new
-        set_adapter_(self, *adapter)
+        self.scale, a, b, gate = new
+        set_adapter_(self, a, b, gate)
 
     @torch.no_grad()
     def checked_swap(self, lora_a, lora_b, scale, gate, name: str = "this layer") -> Product:
@@ -501,9 +513,19 @@ class SoRALinear(LoRALinear):
 
     gate: Parameter
 
-    def __init__(self, *args, gate_init: str = "normal", **kwargs) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate_init: str = "normal",
+        **options,
+    ) -> None:
         check_choice("gate_init", gate_init, GATE_INITS)
-        super().__init__(*args, **kwargs)
+        super().__init__(in_features, out_features, bias, device, dtype, **options)
         self._add_gate(gate_init)
 
     @classmethod

@@ -166,7 +166,8 @@ def dora_linear(
     with without_autocast(args[0]):
         if dispatch.transformed():
             dispatch.check_transformed(OP, backend)
-            return reference.dora_linear(*args[:4], magnitude, bias, scale=scale)
+            x, weight, lora_a, lora_b = args[:4]
+            return reference.dora_linear(x, weight, lora_a, lora_b, magnitude, bias, scale=scale)
         return _run(args, column_factor(*before, magnitude, scale), bias, backend)
 
 

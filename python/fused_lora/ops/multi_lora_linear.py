@@ -178,8 +178,8 @@ class _Batched(NamedTuple):
             places += range((slot - first) * height, (slot - first) * height + end - begin)
         n = (last - first) * height
         adjacent = rows == [*range(rows[0], rows[0] + n)] and places == [*range(n)]
-        on_cpu = [torch.tensor(of, device="cpu") for of in (rows, places)]
-        return cls(first, last, few[0].rank, height, *on_cpu, rows[0] if adjacent else None)
+        made = torch.tensor(rows, device="cpu"), torch.tensor(places, device="cpu")
+        return cls(first, last, few[0].rank, height, *made, rows[0] if adjacent else None)
 
     def product(self, t: Tensor, slots: Tensor, alpha: float) -> Tensor:
         """alpha * each of `rows` of t [..., D] times its own slot of slots [P, D, C]."""
