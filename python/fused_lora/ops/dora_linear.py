@@ -8,8 +8,6 @@ and the gradients behind z are those of lora_linear. It is computed as c ⊙ (z 
 where c = 1, as when training begins, y is to the bit what lora_linear gives with the bias.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -159,14 +157,14 @@ def dora_linear(
     that was asked for and cannot run, with the reason).
     """
     backend = dispatch.choose(backend)
-    before: Any
     args, before, magnitude, bias = _prepare(
         x, weight, lora_a, lora_b, magnitude, bias, scale=scale
     )
     if not torch.compiler.is_compiling():  # there lora_linear asks when it runs
         dispatch.require(OP, backend, dict(REFUSALS), args[0])
     with without_autocast(args[0]):
-        return _run(args, column_factor(*before, magnitude, scale), bias, backend)
+        factor = column_factor(*before, magnitude, scale)  # type: ignore[call-arg]
+        return _run(args, factor, bias, backend)
 
 
 @dispatch.explains(OP)
