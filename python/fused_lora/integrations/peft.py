@@ -151,7 +151,7 @@ def _scale(value) -> float | Tensor | None:
             return None
         value = value.reshape(())
         return value if value.is_floating_point() else value.float()
-    if isinstance(value, numbers.Real) and -LARGEST_SCALE <= value <= LARGEST_SCALE:
+    if isinstance(value, numbers.Real) and abs(float(value)) <= LARGEST_SCALE:
         return float(value)
     return None
 
@@ -172,8 +172,8 @@ def _base_reason(layer, wanted: type) -> str | None:
         cls = getattr(base, "PEFT_CLASS", type(base))
         name = f"{cls.__module__}.{cls.__qualname__}"
         return f"its base layer is a {name}, and not a plain nn.{wanted.__name__}"
-    if base.weight.dtype not in check.DTYPES:
-        return f"its weight is {base.weight.dtype}"
+    if (dtype := layer.base_layer.weight.dtype) not in check.DTYPES:
+        return f"its weight is {dtype}"
     return None
 
 
@@ -540,7 +540,7 @@ class _EmbeddingForm:
         if not names:
             return layer.base_layer(ids)
         base = layer.base_layer
-        (a, b, scale), *others = [
+        adapters: list[tuple[Any, Any, Any]] = [
             (
                 layer.lora_embedding_A[name],
                 layer.lora_embedding_B[name],
@@ -548,6 +548,7 @@ class _EmbeddingForm:
             )
             for name in names
         ]
+        (a, b, scale), *others = adapters
         padding_idx = base.padding_idx
         y = lora_embedding(ids, base.weight, a, b, scale=scale, padding_idx=padding_idx)
         for a, b, scale in others:
@@ -576,7 +577,9 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def _fused_mixed(layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     """Every row of the batch with its own adapter; one that the layer lacks is the base."""
-    base, routing_of, constant = layer.base_layer, _routing, _constant
+    base = layer.base_layer
+    routing_of: Any = _routing
+    constant: Any = _constant
     if dispatch.traced(x):  # what a trace makes must not outlive it
         routing_of, constant = _routing.__wrapped__, _constant.__wrapped__
     known, routing = routing_of(tuple(adapter_names), x.device)
@@ -620,7 +623,7 @@ class _Accelerated:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         layer: Any = self
-        if not isinstance(layer, _Accelerated):  # something kept this method over restore
+        if not isinstance(self, _Accelerated):  # something kept this method over restore
             return type(layer).forward(layer, x, *args, **kwargs)
         alone = not (args or kwargs or "fused_lora_group" in vars(layer))
         if alone and not torch.compiler.is_compiling():
@@ -744,7 +747,7 @@ def _hooked_reason(parts: list[torch.nn.Module]) -> str | None:
     return HOOKED if any(_hooks(part, device) for part in parts) else None
 
 
-def _change_class(layer, cls: type) -> None:
+def _change_class(layer, cls: Any) -> None:
     """Give the layer another class, and also the forward that accelerate's hooks have kept."""
     kept = [name for name in ("forward", "_old_forward") if _is_own(vars(layer).get(name), layer)]
     layer.__class__ = cls

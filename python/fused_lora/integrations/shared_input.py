@@ -99,9 +99,9 @@ class SharedInput:
                 return None
         if layer is not self.layers[0] or (computed := compute(self.layers, x)) is None:
             return None
-        (first, *ys), (_, *looked) = computed
-        if not any(isinstance(t, Tensor) and t.is_inference() for one in looked for t in one):
-            outputs = [_Output(y, one, _stamp(one)) for y, one in zip(ys, looked, strict=True)]
+        (first, *ys), (_, *others) = computed
+        if not any(isinstance(t, Tensor) and t.is_inference() for one in others for t in one):
+            outputs = [_Output(y, one, _stamp(one)) for y, one in zip(ys, others, strict=True)]
             parts = dict(zip(map(id, self.layers[1:]), outputs, strict=True))
             _local.pending = _Pending(x, _state(x), parts)
         return first

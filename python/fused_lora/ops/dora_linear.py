@@ -168,7 +168,9 @@ def dora_linear(
             dispatch.check_transformed(OP, backend)
             x, weight, lora_a, lora_b = args[:4]
             return reference.dora_linear(x, weight, lora_a, lora_b, magnitude, bias, scale=scale)
-        return _run(args, column_factor(*before, magnitude, scale), bias, backend)
+        weight, lora_a, lora_b = before
+        factor = column_factor(weight, lora_a, lora_b, magnitude, scale)
+        return _run(args, factor, bias, backend)
 
 
 @dispatch.explains(OP)

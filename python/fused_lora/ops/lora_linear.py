@@ -20,7 +20,7 @@ from fused_lora.ops import dispatch
 from fused_lora.ops import validation as check
 from fused_lora.ops.dropout import dropout_mask
 
-REFUSALS = {
+REFUSALS: dict[str, Callable[[Tensor], str | None]] = {
     "cuda": dispatch.cuda_refuses,
     "triton": dispatch.triton_refuses,
     "torch": dispatch.never_refuses,
