@@ -179,9 +179,10 @@ def test_a_bank_wipes_the_slot_of_an_adapter_that_is_taken_away(take_away):
         if name == "gone":
             a[0, 0] = b[0, 0] = gate[0] = float("nan")
         bank.add(name, a, b, gate=gate, scale=2.0)
-    slot = int(bank.table[bank.index("gone")])
+    index = bank.index("gone")
     before = [t[bank.table[bank.index("kept")]].clone() for t in (bank.a_slots, bank.bt_slots)]
     getattr(bank, take_away)("gone")
+    slot = int(bank.table[index])
     assert not bank.a_slots[slot].any() and not bank.bt_slots[slot].any()
     assert not bank.rank[slot] and not bank.scale[slot] and bool((bank.gate[slot] == 1).all())
     kept = int(bank.table[bank.index("kept")])

@@ -39,7 +39,8 @@ def check_unflattened(op: str, name: str, module: torch.nn.Module) -> None:
     """Raise NotImplementedError where FSDP1 has flattened the parameters of an adapted layer."""
     for own, dims in (("lora_a", 2), ("lora_b", 2), ("gate", 1), ("weight", 2)):
         t = module._parameters.get(own, vars(module).get(own))
-        if t is None:
+        # prune and weight_norm leave a tensor in the module too, and beside it what it is made of.
+        if t is None or any(f"{own}_{part}" in module._parameters for part in ("orig", "g")):
             continue
         if own in vars(module) or t.ndim != dims or (own == "gate" and len(t) != module.r):
             raise NotImplementedError(
