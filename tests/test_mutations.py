@@ -1099,8 +1099,8 @@ FAULTS = {
     ),
     "dora: the norms of what autocast rounded": Fault(
         DORA,
-        "column_factor(*before, magnitude, scale)",
-        "column_factor(*args[1:4], magnitude, scale)",
+        "weight, lora_a, lora_b = before",
+        "weight, lora_a, lora_b = args[1:4]",
         "test_dora_linear.py::test_autocast",
     ),
     "dora: dm with the factor": Fault(
@@ -1215,7 +1215,7 @@ FAULTS = {
     ),
     "peft: a 4-bit base packs its weight for inference": Fault(
         PEFT,
-        "type(layer) in forms and keep_unpacked_(layer.get_base_layer())",
+        "type(layer) in forms and keep_unpacked_(layer.base_layer)",
         "False",
         "test_quantised.py::test_a_4_bit_weight_is_not_packed_under_an_adapter[PEFT-fp4]",
     ),
