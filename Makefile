@@ -26,7 +26,7 @@ test-full: extension ## the quick suite's slow half: every planted fault, saniti
 # The kernels that Triton compiles are kept where another machine of this kind can be given them.
 test-gpu: export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 test-gpu: extension ## the correctness suite on a CUDA device
-	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests -m numeric $(call workers,8)
+	FUSED_LORA_TEST_DEVICE=cuda $(PYTEST) tests -m "numeric or gpu" $(call workers,8)
 	@echo "make test-gpu: all tests passed on the GPU"
 
 bench: extension ## the microbenchmarks

@@ -10,7 +10,10 @@ from conftest import DEVICE
 import fused_lora as fl
 from fused_lora.testing import assert_accurate, guarded
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device"),
+]
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
