@@ -154,7 +154,10 @@ def plan(machine: Machine, out: Path) -> list[Stage]:
             "right-decode",
             40,
             "decoding on odd sizes, repeated, captured",
-            [do.tests("cuda_kernels", only="decode"), do.tests("gpu", only="decoding")],
+            [
+                do.tests("cuda_kernels", "lora_linear", "multi_lora_linear", only="decod"),
+                do.tests("gpu", only="decoding"),
+            ],
         ),
         Stage("right-shrink", 40, "shrink on odd sizes", [do.tests("shrink")]),
         Stage("right-row-reduce", 40, "row_reduce on odd sizes", [do.tests("row_reduce")]),

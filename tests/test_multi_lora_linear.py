@@ -452,6 +452,22 @@ def test_compiles_without_a_graph_break(backend):
 
 
 @backends
+def test_adding_compiles_without_a_graph_break(backend):
+    """Also onto the columns of a list of banks that share x."""
+    x, _, _, a, bt, gate, rank, scale = make(20, ranks=(2, 4))
+    slots, N = AdapterSlots(a, bt, rank, scale, gate), bt.shape[2]
+    ids, base = ids_of("some", 20, 2), guarded((20, 2 * N), device=DEVICE)
+
+    def fn(y, x, ids):
+        fl.multi_lora_add_(y, x, slots, ids, out_offset=N, backend=backend)
+        return fl.multi_lora_add_(y, x, [slots, slots], ids, out_offset=[0, N], backend=backend)
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    got, want = compiled(base.clone(), x, ids), fn(base.clone(), x, ids)
+    assert torch.equal(got, want) and not torch.equal(got, base)
+
+
+@backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M, offset", [(33, 0), (33, 5), (70, 5)])
 def test_add(backend, dtype, M, offset):

@@ -729,11 +729,16 @@ def multi_lora_linear(
         return _run(*args)
 
 
-def _locked(bank):
-    """An AdapterBank's lock: no adapter is half written while a call reads it."""
+def _locked(*banks):
+    """The locks of AdapterBanks: no adapter is half written while a call reads it."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return getattr(bank, "lock", contextlib.nullcontext())
+    if len(banks) == 1:
+        return getattr(banks[0], "lock", contextlib.nullcontext())
+    locks = contextlib.ExitStack()
+    for bank in banks:
+        locks.enter_context(_locked(bank))
+    return locks
 
 
 def _run(x, weight, bias, slots, route, seed, dropout_p, backend, bank) -> Tensor:
@@ -816,9 +821,7 @@ def multi_lora_add_(
     route = _route_of(op, adapter_ids, slots[0], x)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
         raise RuntimeError(f"{op} has no gradients: y and x must not require one")
-    with torch.no_grad(), contextlib.ExitStack() as locks:
-        for one in banks:
-            locks.enter_context(_locked(one))
+    with torch.no_grad(), _locked(*banks):
         add, out = torch.ops.fused_lora.multi_lora_add_, y.resolve_neg()
         add(out, x, [t for own in slots for t in own], *route, list(out_offsets), backend)
         if out is not y:  # torch resolves the bit itself, but not of what an op writes
