@@ -87,6 +87,12 @@ def test_what_the_plan_names_exists():
     ]
     files = set(re.findall(r"tests/test_\w+\.py", " ".join(commands)))
     assert len(files) >= 12 and all((ROOT / name).exists() for name in files)
+    for command in commands:
+        if word := re.search(r" -k (\w+)", command):
+            named = re.findall(r"tests/test_\w+\.py", command)
+            assert any(
+                re.search(rf"def test_\w*{word[1]}", (ROOT / name).read_text()) for name in named
+            ), command
     modules = set(re.findall(r"fused_lora\.bench\.(\w+)", " ".join(commands)))
     assert len(modules) >= 7 and all((ROOT / f"bench/{name}.py").exists() for name in modules)
     from fused_lora.bench.registry import OPS
