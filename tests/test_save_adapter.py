@@ -8,6 +8,7 @@ import signal
 import warnings
 
 import pytest
+import safetensors
 import torch
 from conftest import DEVICE
 from safetensors import safe_open
@@ -660,6 +661,27 @@ def test_a_save_while_the_folder_is_read(tmp_path, monkeypatch, place, name, ada
         with pytest.raises(RuntimeError, match="was saved while it was read; read it again"):
             fl.load_adapter(build(), tmp_path)
         assert len(calls) == files.ATTEMPTS
+
+
+def test_weights_that_are_moved_into_place_while_they_are_read(tmp_path, monkeypatch):
+    """safetensors opens them by name twice, the second time by torch, which has its own error."""
+    saved = injected(lora_alpha=2, targets=["q"])
+    fl.save_adapter(saved, tmp_path)
+    ready = tmp_path / files.READY
+    ready.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        os.replace(tmp_path / name, ready / name)
+    real = safetensors.safe_open
+
+    def moved(path, *args, **options):
+        if (ready / WEIGHTS).exists():
+            os.replace(ready / WEIGHTS, tmp_path / WEIGHTS)
+            torch.UntypedStorage.from_file(str(path), False, 8)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", moved)
+    model = fl.load_adapter(build(), tmp_path)
+    assert model.q.scale == saved.q.scale and torch.equal(model.q.lora_a, saved.q.lora_a)
 
 
 def save_in_a_loop(folder, started, stop):

@@ -164,12 +164,18 @@ def read_whole(
 
     def attempt() -> T:
         path = _config_file(folder)
-        return _hold(
-            path,
-            lambda file, opened: read(
-                path, read_json(path, file=file), _weights_file(folder, path), opened
-            ),
-        )
+
+        def read_pair(file: BinaryIO, opened: Callable[[], None]) -> T:
+            config, weights = read_json(path, file=file), _weights_file(folder, path)
+            try:
+                return read(path, config, weights, opened)
+            except Exception:
+                # They were moved into place: safetensors has an error of its own for that.
+                if not weights.exists():
+                    raise _Saved from None
+                raise
+
+        return _hold(path, read_pair)
 
     return _again(folder, attempt)
 
