@@ -263,7 +263,10 @@ def carry_through_checkpoints() -> None:
     """
     module = torch.utils.checkpoint
     forward = module.CheckpointFunction.forward
-    generator = module._checkpoint_without_reentrant_generator
+    name = "_checkpoint_without_reentrant_generator"
+    if hasattr(module, f"{name}_impl"):  # torch 2.14
+        name = f"{name}_impl"
+    generator = getattr(module, name)
 
     @functools.wraps(forward)
     def forward_in_routes(ctx, run_function, *args):
@@ -274,4 +277,4 @@ def carry_through_checkpoints() -> None:
         return generator(_recomputed(fn, runs_before=0), *args, **kwargs)
 
     module.CheckpointFunction.forward = staticmethod(forward_in_routes)  # type: ignore[method-assign]
-    module._checkpoint_without_reentrant_generator = generator_in_routes
+    setattr(module, name, generator_in_routes)
