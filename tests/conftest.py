@@ -4,6 +4,7 @@ Both must be asked for before the kernels are imported.
 """
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two test processes, and what they start, share two cores. torch and numpy read it once.
@@ -17,6 +18,14 @@ from seeds import SEED
 
 DEVICE = os.environ.get("FUSED_LORA_TEST_DEVICE") or (
     "cuda" if torch.cuda.is_available() else "cpu"
+)
+# What torch.compile has made with another torch, or for another CPU, does not run with this one.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(
+        Path(__file__).parents[1]
+        / f"build/inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+    ),
 )
 # No table that this machine's user has made.
 os.environ.setdefault("FUSED_LORA_TUNING", os.path.join(os.path.dirname(__file__), "no tuning"))
